@@ -1,0 +1,18 @@
+"""Arrays and speed: the ground floor of nanocnn, one file a family, slowest variant first.
+
+Imported as `nanocnn.kernels` (a symlink); knows no tensor and imports nothing of `nanocnn`. A new kernel is a new file
+in this folder: it is found, put on the board, tested and benchmarked without a line anywhere else.
+"""
+
+from . import threads
+
+threads.configure()  # before NumPy and Numba are imported: they read the environment once
+
+import importlib  # noqa: E402
+import pkgutil  # noqa: E402
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+threads.limit(threads.share())

@@ -1,0 +1,175 @@
+"""2-D convolution, as in cuDNN three primitives: forward, gradient of the images, gradient of the weights.
+
+The ladder here: im2col and one GEMM (the reference) -> the same over blocks of images, so that the columns stay in
+cache -> no columns at all where the kernel is 1x1. `x` is (N, H, W, C), `w` is (KH, KW, C/groups, O); stride, padding
+and dilation are pairs (rows, columns).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .dispatch import Primitive, plain_floats, xp_of
+from .im2col import col2im, col2im_into, im2col, im2col_into, output_shape
+from .matmul import matmul
+from .memory import scratch
+
+# ------------------------------------------------------------------ the reference: im2col, GEMM, col2im
+
+
+@Primitive
+def conv2d(x, w, stride, padding, dilation, groups):
+    """(N, H, W, C), (KH, KW, C/groups, O) -> (N, OH, OW, O), by im2col and one GEMM a group."""
+    n, oh, ow = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
+    out = xp_of(x).empty((n, oh, ow, w.shape[3]), x.dtype)
+    for of_x, of_y in _groups(w, groups):
+        cols = im2col(x[..., of_x], w.shape[:2], stride, padding, dilation)
+        wg = w[..., of_y].reshape(cols.shape[1], w.shape[3] // groups)
+        out[..., of_y] = matmul(cols, wg).reshape(n, oh, ow, wg.shape[1])
+    return out
+
+
+@Primitive
+def conv2d_grad_x(gy, w, x_shape, stride, padding, dilation, groups):
+    """(N, OH, OW, O), (KH, KW, C/groups, O) -> (N, H, W, C): the columns' gradient by one GEMM, then col2im."""
+    gx = xp_of(gy).empty(x_shape, gy.dtype)
+    for of_x, of_y in _groups(w, groups):
+        wg = w[..., of_y].reshape(-1, w.shape[3] // groups)
+        cols = matmul(gy[..., of_y].reshape(gy.size // gy.shape[3], wg.shape[1]), wg.T)
+        gx[..., of_x] = col2im(cols, (*x_shape[:3], w.shape[2]), w.shape[:2], stride, padding, dilation)
+    return gx
+
+
+@Primitive
+def conv2d_grad_w(gy, x, w_shape, stride, padding, dilation, groups):
+    """(N, OH, OW, O), (N, H, W, C) -> (KH, KW, C/groups, O): columns transposed times gy."""
+    gw = xp_of(gy).empty(w_shape, gy.dtype)
+    for of_x, of_y in _groups(gw, groups):
+        cols = im2col(x[..., of_x], w_shape[:2], stride, padding, dilation)
+        gyg = gy[..., of_y].reshape(len(cols), w_shape[3] // groups)
+        gw[..., of_y] = matmul(cols.T, gyg).reshape(*w_shape[:3], gyg.shape[1])
+    return gw
+
+
+def _groups(w, groups):
+    """For each group, its input channels and its output channels."""
+    per_x, per_y = w.shape[2], w.shape[3] // groups
+    return [(slice(g * per_x, (g + 1) * per_x), slice(g * per_y, (g + 1) * per_y)) for g in range(groups)]
+
+
+# ------------------------------------------------------------------ blocked: the columns of a few images at a time
+
+COLUMN_BYTES = 8 << 20  # of the columns held at once: a share of the L3 cache, yet a GEMM tall enough for every thread
+
+
+def _one_group(x_or_gy, x_or_w, third, stride, padding, dilation, groups):
+    return groups == 1 and plain_floats(x_or_gy, x_or_w)
+
+
+def _blocks(n, rows, width, itemsize):
+    """Slices of images whose columns, `rows` of `width` an image, take about COLUMN_BYTES."""
+    step = max(1, COLUMN_BYTES // max(1, rows * width * itemsize))
+    return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+
+
+@conv2d.variant("blocked", supports=lambda x, w, *rest: _one_group(x, w, None, *rest))
+def conv2d_blocked(x, w, stride, padding, dilation, groups):
+    """Numba im2col into one reused buffer, a block of images at a time: columns are read back from cache"""
+    kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
+    n, oh, ow = output_shape(x.shape, kernel, stride, padding, dilation)
+    y = np.empty((n, oh, ow, w.shape[3]), x.dtype)
+    w = w.reshape(width, -1)
+    for block in _blocks(n, oh * ow, width, x.itemsize):
+        cols = scratch(((block.stop - block.start) * oh * ow, width), x.dtype)
+        im2col_into(cols, x[block], kernel, stride, padding, dilation)
+        matmul(cols, w, out=y[block].reshape(len(cols), w.shape[1]))
+    return y
+
+
+@conv2d_grad_x.variant("blocked", supports=_one_group)
+def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups):
+    """the GEMM's columns go to one reused buffer and are gathered from there while still in cache"""
+    kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
+    n, oh, ow, o = gy.shape
+    gx = np.empty(x_shape, gy.dtype)
+    gy, w = np.ascontiguousarray(gy), w.reshape(width, o)
+    for block in _blocks(n, oh * ow, width, gy.itemsize):
+        cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
+        matmul(gy[block].reshape(len(cols), o), w.T, out=cols)
+        col2im_into(gx[block], cols, kernel, stride, padding, dilation)
+    return gx
+
+
+@conv2d_grad_w.variant("blocked", supports=_one_group)
+def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups):
+    """the sum over blocks of images of (columns transposed times gy)"""
+    kernel, width = w_shape[:2], w_shape[0] * w_shape[1] * w_shape[2]
+    n, oh, ow, o = gy.shape
+    gy = np.ascontiguousarray(gy)
+    gw = np.zeros((width, o), gy.dtype)
+    for block in _blocks(n, oh * ow, width, gy.itemsize):
+        cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
+        im2col_into(cols, x[block], kernel, stride, padding, dilation)
+        gw += matmul(cols.T, gy[block].reshape(len(cols), o))
+    return gw.reshape(w_shape)
+
+
+# ------------------------------------------------------------------ pointwise: a 1x1 convolution is a plain GEMM
+
+
+def _is_pointwise(kernel, stride, padding, groups):
+    return tuple(kernel) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and groups == 1
+
+
+def _pixels(x):
+    """(N, H, W, C) -> (N*H*W, C)"""
+    return x.reshape(x.size // max(1, x.shape[3]), x.shape[3])
+
+
+@conv2d.variant(
+    "pointwise", supports=lambda x, w, s, p, d, g: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(x, w)
+)
+def conv2d_pointwise(x, w, stride, padding, dilation, groups):
+    """1x1, stride 1: the image already is its columns"""
+    return matmul(_pixels(x), w[0, 0]).reshape(*x.shape[:3], w.shape[3])
+
+
+@conv2d_grad_x.variant(
+    "pointwise", supports=lambda gy, w, shape, s, p, d, g: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(gy, w)
+)
+def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups):
+    """1x1, stride 1: gy times the transposed weights"""
+    return matmul(_pixels(gy), w[0, 0].T).reshape(x_shape)
+
+
+@conv2d_grad_w.variant(
+    "pointwise", supports=lambda gy, x, shape, s, p, d, g: _is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x)
+)
+def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups):
+    """1x1, stride 1: the image transposed times gy"""
+    return matmul(_pixels(x).T, _pixels(gy)).reshape(w_shape)
+
+
+# ------------------------------------------------------------------ work: the same multiplications in each direction
+
+
+def _work(gy_size, x_size, w_shape, itemsize):
+    weights = w_shape[0] * w_shape[1] * w_shape[2] * w_shape[3]
+    flops = 2.0 * gy_size * (weights // max(1, w_shape[3]))
+    return flops, (gy_size + x_size + weights) * itemsize
+
+
+@conv2d.work
+def _(x, w, stride, padding, dilation, groups):
+    n, oh, ow = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
+    return _work(n * oh * ow * w.shape[3], x.size, w.shape, x.itemsize)
+
+
+@conv2d_grad_x.work
+def _(gy, w, x_shape, stride, padding, dilation, groups):
+    return _work(gy.size, int(np.prod(x_shape)), w.shape, gy.itemsize)
+
+
+@conv2d_grad_w.work
+def _(gy, x, w_shape, stride, padding, dilation, groups):
+    return _work(gy.size, x.size, w_shape, gy.itemsize)

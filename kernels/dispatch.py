@@ -1,0 +1,416 @@
+"""Primitives, variants and switches: every choice that makes nanocnn faster is declared through this file.
+
+A *primitive* maps arrays to arrays. Its first body is the reference, plain `xp` code that runs on NumPy and on CuPy;
+faster *variants* are registered beside it, slowest first, so that a kernel file reads as a ladder. A *switch* is a
+named choice that is no kernel. `using()` chooses, `board()` lists; nothing else in the project keeps such a list.
+
+    @Primitive
+    def relu(x): return xp_of(x).maximum(x, 0)          # the reference
+
+    @relu.variant("numba", device="cpu")                # the next rung
+    def relu_numba(x): ...
+
+    with using("reference", relu="numba"): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+POLICIES = {
+    "fastest": "the last variant of each ladder that supports the arguments: a fixed rule, alike on every rank and run",
+    "tuned": "measure the variants once for each shape and keep the answer in a file",
+    "reference": "the first body of each primitive: plain NumPy or CuPy code",
+}
+
+
+class ChoiceError(ValueError):
+    """An unknown name or choice, or a variant that cannot do what was asked of it; the message lists what exists."""
+
+
+class DeviceError(RuntimeError):
+    """A device that this machine does not have; the message says what to install."""
+
+
+# ------------------------------------------------------------------ devices: the device is the type of the array
+
+
+def xp_of(array: Any):
+    """The module that made `array`: `numpy` or `cupy`."""
+    if isinstance(array, np.ndarray | np.generic):
+        return np
+    if type(array).__module__.partition(".")[0] == "cupy":
+        import cupy
+
+        return cupy
+    raise TypeError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
+
+
+def device_of(array: Any) -> str:
+    """`"cpu"` or `"cuda"`."""
+    return "cpu" if xp_of(array) is np else "cuda"
+
+
+def to_device(array: Any, device: str):
+    """`array` on `"cpu"` or `"cuda"`; the same object if it is there already. Raises DeviceError without a GPU."""
+    if device not in ("cpu", "cuda"):
+        raise DeviceError(f"unknown device {device!r}: expected 'cpu' or 'cuda'")
+    if device == device_of(array):
+        return array
+    if device == "cpu":
+        return array.get()
+    try:
+        import cupy
+
+        return cupy.asarray(array)
+    except Exception as error:  # a missing package, a missing driver, no memory: each in CuPy's own words
+        raise DeviceError(
+            f"cannot use the device 'cuda': {type(error).__name__}: {error}. Install CuPy for your driver with "
+            "pip install 'nanocnn[cuda12]' or 'nanocnn[cuda13]', and check the driver with nvidia-smi"
+        ) from error
+
+
+# ------------------------------------------------------------------ the board
+
+primitives: dict[str, Primitive] = {}
+switches: dict[str, Switch] = {}
+_policy = "fastest"
+_choices: dict[str, str] = {}
+
+
+def _place(depth: int) -> str:
+    frame = sys._getframe(depth + 1)
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
+
+
+class Switch:
+    """A named choice that is no kernel, declared once, where it acts.
+
+    overlap = Switch("overlap", "when buckets are reduced", on="while backward still runs", off="after it")
+    if overlap.value == "on": ...
+
+    The first choice is the default. `about` and the choices' texts are what the board prints.
+    """
+
+    def __init__(self, name: str, about: str, **choices: str):
+        _claim(name)
+        self.name, self.about, self.choices = name, about, choices
+        self.default = next(iter(choices))
+        self.place = _place(1)
+        switches[name] = self
+
+    @property
+    def value(self) -> str:
+        return _choices.get(self.name, self.default)
+
+
+def _claim(name: str) -> None:
+    if name in primitives or name in switches or name in POLICIES:
+        raise ChoiceError(f"the name {name!r} is taken: primitives, switches and policies share one board")
+
+
+def board() -> list[dict[str, Any]]:
+    """Each primitive and switch: name, kind, choices (name -> what it does), current choice, about, place."""
+    rows = []
+    for p in primitives.values():
+        choices = {v.name: f"{_first_line(v.__doc__)} ({v.place})" for v in p.variants.values()}
+        current = _choices.get(p.name, _policy)
+        rows.append(
+            dict(
+                name=p.name,
+                kind="primitive",
+                choices=choices,
+                current=current,
+                about=_first_line(p.__doc__),
+                place=p.place,
+            )
+        )
+    for s in switches.values():
+        rows.append(
+            dict(name=s.name, kind="switch", choices=dict(s.choices), current=s.value, about=s.about, place=s.place)
+        )
+    return rows
+
+
+def choices_in_force() -> dict[str, str]:
+    """What `using()` has set, with the policy: what a result file records."""
+    return {"policy": _policy, **{s.name: s.value for s in switches.values()}, **_choices}
+
+
+def use(*policy: str, **choices: str) -> None:
+    """Set a policy and choices until further notice: `using()` for scripts. Raises ChoiceError on an unknown name."""
+    global _policy, _choices
+    _policy, _choices = _checked(policy, choices)
+
+
+@contextlib.contextmanager
+def using(*policy: str, **choices: str) -> Iterator[None]:
+    """Choose inside a `with` block: `using("fastest", im2col="reference", overlap="off")`.
+
+    The choice holds for the process, not for one thread: a run has one configuration, and its background threads
+    must see it too.
+    """
+    global _policy, _choices
+    before = _policy, _choices
+    _policy, _choices = _checked(policy, choices)
+    try:
+        yield
+    finally:
+        _policy, _choices = before
+
+
+def _checked(policy: tuple[str, ...], choices: dict[str, str]) -> tuple[str, dict[str, str]]:
+    if len(policy) > 1:
+        raise ChoiceError(f"one policy at a time, got {', '.join(policy)}")
+    chosen = policy[0] if policy else _policy
+    if chosen not in POLICIES:
+        raise ChoiceError(f"unknown policy {chosen!r}: expected one of {', '.join(POLICIES)}")
+    for name, choice in choices.items():
+        entry = primitives.get(name) or switches.get(name)
+        if entry is None:
+            names = ", ".join(sorted([*primitives, *switches]))
+            raise ChoiceError(f"unknown primitive or switch {name!r}; there are: {names} (python -m nanocnn switches)")
+        allowed = [*entry.variants, *POLICIES] if isinstance(entry, Primitive) else list(entry.choices)
+        if choice not in allowed:
+            raise ChoiceError(f"{name} has no choice {choice!r}; there are: {', '.join(allowed)} ({entry.place})")
+    return chosen, {**_choices, **choices}
+
+
+def parse_use(words: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The words of `--use fastest im2col=reference` as the arguments of `using()`."""
+    policy = tuple(word for word in words if "=" not in word)
+    return policy, dict(word.split("=", 1) for word in words if "=" in word)
+
+
+# ------------------------------------------------------------------ primitives
+
+
+def plain_floats(*args: Any, **kwargs: Any) -> bool:
+    """What a Numba variant supports unless it says otherwise: float arrays all float32 or all float64."""
+    kinds = {a.dtype for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray) and a.dtype.kind == "f"}
+    return kinds in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+
+
+def anything(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+@dataclass
+class Variant:
+    """One body of a primitive. `device` None is any device; `supports` is called with the primitive's arguments.
+
+    `auto` False is a rung to learn from, slower than one below it: it runs only where it is chosen by name.
+    """
+
+    name: str
+    body: Callable
+    device: str | None
+    supports: Callable[..., bool]
+    place: str
+    auto: bool = True
+
+    def __post_init__(self) -> None:
+        self.__doc__ = self.body.__doc__
+
+
+class Primitive:
+    """Arrays to arrays, by one of several variants. The decorated function is the reference and names the primitive.
+
+    `inplace=True` says that a call changes its arguments, so that it must not be repeated for measuring.
+    """
+
+    def __new__(cls, reference: Callable | None = None, **options: Any):
+        if reference is None:  # @Primitive(inplace=True)
+            return lambda fn: cls(fn, **options)
+        return super().__new__(cls)
+
+    def __init__(self, reference: Callable, *, inplace: bool = False):
+        self.name = reference.__name__
+        _claim(self.name)
+        self.__doc__, self.__name__, self.__module__ = reference.__doc__, reference.__name__, reference.__module__
+        self.__wrapped__ = reference
+        self.inplace = inplace
+        self.place = _place_of(reference)
+        self.count_work: Callable[..., tuple[float, float]] | None = None
+        self.variants = {"reference": Variant("reference", reference, None, anything, self.place)}
+        primitives[self.name] = self
+
+    def variant(
+        self, name: str, *, device: str = "cpu", supports: Callable[..., bool] = plain_floats, auto: bool = True
+    ) -> Callable:
+        """Register the next rung. `supports(*args, **kwargs)` says whether it can do this call."""
+        if name in self.variants or name in POLICIES:
+            raise ChoiceError(f"{self.name} already has a variant {name!r}")
+
+        def register(body: Callable) -> Callable:
+            self.variants[name] = Variant(name, body, device, supports, _place_of(body), auto)
+            return body
+
+        return register
+
+    def work(self, count: Callable[..., tuple[float, float]]) -> Callable:
+        """Register `count(*args) -> (flops, bytes)`, the least that a call must do: for GFLOP/s, GB/s, rooflines."""
+        self.count_work = count
+        return count
+
+    def candidates(self, *args: Any, **kwargs: Any) -> list[Variant]:
+        """The variants that can do this call, slowest first."""
+        device = _device_of_call(args, kwargs)
+        return [v for v in self.variants.values() if v.device in (None, device) and v.supports(*args, **kwargs)]
+
+    def choose(self, *args: Any, **kwargs: Any) -> Variant:
+        """The variant that a call with these arguments runs. Raises ChoiceError if an explicit choice cannot."""
+        choice = _choices.get(self.name, _policy)
+        if choice == "reference":
+            return self.variants["reference"]
+        if choice == "tuned" and not self.inplace:
+            return _tuned(self, args, kwargs)
+        device = _device_of_call(args, kwargs)
+        if choice in POLICIES:
+            for variant in reversed(self.variants.values()):
+                if variant.auto and variant.device in (None, device) and variant.supports(*args, **kwargs):
+                    return variant
+        variant = self.variants[choice]
+        if variant.device not in (None, device) or not variant.supports(*args, **kwargs):
+            able = ", ".join(v.name for v in self.candidates(*args, **kwargs))
+            raise ChoiceError(
+                f"{self.name}={choice} cannot do this call: {_describe(args, kwargs)} on {device}; "
+                f"variants that can: {able} ({variant.place})"
+            )
+        return variant
+
+    def __call__(self, *args: Any, **kwargs: Any):
+        variant = self.choose(*args, **kwargs)
+        active = recorder  # one look: a profile may end in another thread while this call runs
+        if active is None:
+            return variant.body(*args, **kwargs)
+        start = time.perf_counter()
+        active.enter(self.name, "kernel")
+        try:
+            return variant.body(*args, **kwargs)
+        finally:
+            stop = time.perf_counter()
+            flops, moved = self.count_work(*args, **kwargs) if self.count_work else (0, 0)
+            active.leave(start, stop, variant=variant.name, flops=flops, bytes=moved)
+
+    def __repr__(self) -> str:
+        return f"<Primitive {self.name}: {', '.join(self.variants)}>"
+
+
+def _place_of(fn: Callable) -> str:
+    code = inspect.unwrap(fn).__code__
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+
+
+def _device_of_call(args: tuple, kwargs: dict) -> str:
+    for a in args:
+        if not isinstance(a, int | float | str | tuple | list | type(None)):
+            return device_of(a)
+    return next((device_of(a) for a in kwargs.values() if hasattr(a, "dtype")), "cpu")
+
+
+def _describe(args: tuple, kwargs: dict) -> str:
+    """A call in words: shapes and dtypes of arrays, the values of the rest. Also the key of a tuned choice."""
+
+    def word(a: Any) -> str:
+        if isinstance(a, list | tuple) and any(hasattr(i, "dtype") for i in a):
+            return "[" + ", ".join(map(word, a)) + "]"
+        return f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") and hasattr(a, "shape") else repr(a)
+
+    return ", ".join([*map(word, args), *(f"{k}={word(v)}" for k, v in kwargs.items())])
+
+
+# ------------------------------------------------------------------ "tuned": measured once for each shape
+
+tuned_choices: dict[str, str] = {}  # "conv2d(float32[128, 8, 8, 64], ...)" -> variant
+measure_when_tuning = True  # ranks other than 0 are given rank 0's table and measure nothing
+
+
+def tuned_file() -> Path:
+    """Where tuned choices are kept: one file for each processor and thread count, under $NANOCNN_CACHE or ~/.cache."""
+    from . import threads
+
+    machine = hashlib.sha256(f"{threads.processor()} {threads.count()}".encode()).hexdigest()[:12]
+    root = os.environ.get("NANOCNN_CACHE") or Path.home() / ".cache" / "nanocnn"
+    return Path(root) / f"tuned-{machine}.json"
+
+
+def _tuned(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
+    if not tuned_choices:
+        with contextlib.suppress(OSError, ValueError):
+            tuned_choices.update(json.loads(tuned_file().read_text()))
+    key = f"{primitive.name}({_describe(args, kwargs)})"
+    candidates = {v.name: v for v in primitive.candidates(*args, **kwargs)}
+    if tuned_choices.get(key) in candidates:
+        return candidates[tuned_choices[key]]
+    if not measure_when_tuning or len(candidates) == 1:
+        return [v for v in candidates.values() if v.auto][-1]
+    times = {}
+    with paused():
+        for variant in candidates.values():
+            runs = []
+            for _ in range(4):  # the first compiles
+                start = time.perf_counter()
+                variant.body(*args, **kwargs)
+                runs.append(time.perf_counter() - start)
+            times[variant.name] = min(runs[1:])
+    tuned_choices[key] = min(times, key=times.__getitem__)
+    _keep_tuned()
+    return candidates[tuned_choices[key]]
+
+
+def _keep_tuned() -> None:
+    """Write the table beside its place and rename it there; a cache that cannot be written costs only the measuring."""
+    with contextlib.suppress(OSError):
+        path = tuned_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(tuned_choices, indent=1, sort_keys=True))
+        os.replace(beside, path)
+
+
+# ------------------------------------------------------------------ recording: what ran, when
+
+recorder: Any = None  # set by nanocnn.profile: enter(name, kind), leave(start, stop, **facts)
+
+
+@contextlib.contextmanager
+def span(name: str, kind: str, **facts: Any) -> Iterator[None]:
+    """Mark a stretch of work (`kind`: layer, forward, backward, communication, data, update) for the profile."""
+    active = recorder
+    if active is None:
+        yield
+        return
+    start = time.perf_counter()
+    active.enter(name, kind)
+    try:
+        yield
+    finally:
+        active.leave(start, time.perf_counter(), **facts)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Record nothing inside."""
+    global recorder
+    before, recorder = recorder, None
+    try:
+        yield
+    finally:
+        recorder = before

@@ -1,0 +1,2 @@
+class Raw: pass
+def dataset(*a): return lambda f:f

@@ -1,0 +1,353 @@
+"""Parameters, modules and layers, with PyTorch's names and argument order; images are NHWC.
+
+A module's parameters are found by walking its attributes in the order in which they were assigned, so that names and
+order are the same on every rank. No registration, no metaclass, no `__getattr__`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from . import functional as F
+from . import init, random, tensor
+from .functional.geometry import Pair, pair
+from .kernels import dispatch
+from .kernels.dispatch import to_device, xp_of
+from .tensor import Tensor
+
+
+class Parameter(Tensor):
+    """A tensor that a module learns."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Any):
+        super().__init__(data, requires_grad=True)
+
+
+class Buffer:
+    """An array that belongs to a module's state but is not learnt: running statistics."""
+
+    def __init__(self, data: np.ndarray):
+        self.data = data
+
+
+class Module:
+    """A function with parameters. Subclasses assign parameters and modules in `__init__` and define `forward()`."""
+
+    training = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if dispatch.recorder is None:
+            return self.forward(*args, **kwargs)
+        with ExitStack() as stack:  # a profile records: say which layer this is, for its forward and its backward
+            name = dispatch.recorder.layer(self)
+            tensor._layers.append(name)
+            stack.callback(tensor._layers.pop)
+            stack.enter_context(dispatch.span(name, "layer"))
+            return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no forward()")
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        return iter(vars(self).items())
+
+    def _named(self, kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Everything of a kind under this module with its dotted name, each object once."""
+        seen: set[int] = set()
+        stack: list[tuple[str, Any]] = [(prefix, self)]
+        while stack:
+            name, item = stack.pop()
+            if id(item) in seen:
+                continue
+            if isinstance(item, kind):
+                seen.add(id(item))
+                yield name, item
+            if isinstance(item, Module):
+                inner = list(item._attributes())
+            elif isinstance(item, list | tuple):
+                inner = [(str(i), x) for i, x in enumerate(item)]
+            elif isinstance(item, dict):
+                inner = [(str(k), x) for k, x in item.items()]
+            else:
+                continue
+            stack.extend((f"{name}.{key}" if name else key, x) for key, x in reversed(inner))
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of this module, named "", and of all below it."""
+        return self._named(Module)
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(name, parameter) in the order of assignment; a shared parameter once."""
+        return self._named(Parameter)
+
+    def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
+        """(name, buffer) in the order of assignment."""
+        return self._named(Buffer)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The parameters, in the order of assignment."""
+        return (p for _, p in self.named_parameters())
+
+    def train(self, mode: bool = True) -> Module:
+        """Set training mode (dropout drops, batch norm uses the batch) here and below; returns the module."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Module:
+        """Set evaluation mode here and below; returns the module."""
+        return self.train(False)
+
+    def to(self, where: Any) -> Module:
+        """Move to a device ("cpu", "cuda") or to a floating-point dtype; returns the module.
+
+        Call it before the optimiser is made: the optimiser lays the parameters out in buckets.
+        """
+        for _, item in [*self.named_parameters(), *self.named_buffers()]:
+            if where in ("cpu", "cuda"):
+                item.data = to_device(item.data, where)
+            elif item.data.dtype.kind == "f":
+                item.data = item.data.astype(where)
+            if isinstance(item, Parameter):
+                item.grad = None
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for p in self.parameters():
+            p.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """{name: array} of parameters and buffers: the arrays themselves, not copies."""
+        return {name: item.data for name, item in [*self.named_parameters(), *self.named_buffers()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy `state` into the parameters and buffers. Raises ValueError, and changes nothing, if names or shapes differ."""
+        mine = self.state_dict()
+        wrong = [f"missing: {name} {mine[name].shape}" for name in mine if name not in state]
+        wrong += [f"unexpected: {name} {np.shape(state[name])}" for name in state if name not in mine]
+        wrong += [
+            f"{name}: expected shape {mine[name].shape}, got {np.shape(state[name])}"
+            for name in mine
+            if name in state and mine[name].shape != np.shape(state[name])
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise ValueError(f"this state is not of this {type(self).__name__}: " + "; ".join(wrong[:8]) + more)
+        for name, array in mine.items():
+            array[...] = xp_of(array).asarray(state[name])
+
+
+class Sequential(Module):
+    """Modules one after the other, named "0", "1", ..."""
+
+    def __init__(self, *modules: Module):
+        self.modules_in_order = list(modules)
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        return ((str(i), module) for i, module in enumerate(self.modules_in_order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules_in_order:
+            x = module(x)
+        return x
+
+    def __len__(self) -> int:
+        return len(self.modules_in_order)
+
+    def __getitem__(self, i: int) -> Module:
+        return self.modules_in_order[i]
+
+
+def like(p: Parameter | None, x: Tensor) -> Tensor | None:
+    """A parameter in the dtype of the layer's input, which is the layer's precision; the parameter keeps its own."""
+    return None if p is None else F.cast(p, x.dtype)
+
+
+class Linear(Module):
+    """(..., in_features) -> (..., out_features). `weight` is (in_features, out_features)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, rng: np.random.Generator | None = None
+    ):
+        rng = rng or random.generator()
+        self.weight = Parameter(init.torch_default(rng, (in_features, out_features), in_features))
+        self.bias = Parameter(init.torch_default(rng, (out_features,), in_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, like(self.weight, x), like(self.bias, x))
+
+
+class Conv2d(Module):
+    """(N, H, W, in_channels) -> (N, OH, OW, out_channels). `weight` is (KH, KW, in_channels/groups, out_channels)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        rng: np.random.Generator | None = None,
+    ):
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
+        rng = rng or random.generator()
+        kernel = pair("kernel_size", kernel_size, 1)
+        fan_in = math.prod(kernel) * in_channels // groups
+        shape = (*kernel, in_channels // groups, out_channels)
+        self.weight = Parameter(init.torch_default(rng, shape, fan_in))
+        self.bias = Parameter(init.torch_default(rng, (out_channels,), fan_in)) if bias else None
+        self.geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, like(self.weight, x), like(self.bias, x), **self.geometry)
+
+
+class BatchNorm2d(Module):
+    """Batch norm over the last axis of (N, H, W, C) (Ioffe & Szegedy 2015, algorithm 1)."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
+        self.weight = Parameter(np.ones(num_features, np.float32))
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+        self.running_mean = Buffer(np.zeros(num_features, np.float32))
+        self.running_var = Buffer(np.ones(num_features, np.float32))
+        self.eps, self.momentum = eps, momentum
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean.data, self.running_var.data
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class BatchNorm1d(BatchNorm2d):
+    """Batch norm over the last axis of (N, C)."""
+
+
+class LayerNorm(Module):
+    """Layer norm over the last axis (Ba et al. 2016)."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5):
+        self.weight = Parameter(np.ones(normalized_shape, np.float32))
+        self.bias = Parameter(np.zeros(normalized_shape, np.float32))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class MaxPool2d(Module):
+    """The largest of each window."""
+
+    def __init__(self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0):
+        self.window = kernel_size, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, *self.window)
+
+
+class AvgPool2d(Module):
+    """The mean of each window, padding counted."""
+
+    def __init__(self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0):
+        self.window = kernel_size, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, *self.window)
+
+
+class AdaptiveAvgPool2d(Module):
+    """(N, H, W, C) -> (N, *output_size, C): means over windows chosen to cover the image, as PyTorch chooses them."""
+
+    def __init__(self, output_size: Pair):
+        self.output_size = pair("output_size", output_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, self.output_size)
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class GELU(Module):
+    """x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class SiLU(Module):
+    """x sigmoid(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+class Sigmoid(Module):
+    """1 / (1 + exp(-x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.sigmoid(x)
+
+
+class Dropout(Module):
+    """In training, zero with probability p and the rest over 1 - p (Srivastava et al. 2014, section 10: "inverted")."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training)
+
+
+class Flatten(Module):
+    """(N, ...) -> (N, features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+class Identity(Module):
+    """x itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class MultiheadAttention(Module):
+    """(N, L, E) -> (N, L, E): self-attention in `num_heads` heads (Vaswani et al. 2017, section 3.2.2).
+
+    `in_proj_weight` is (E, 3E): queries, keys and values side by side.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, *, rng: np.random.Generator | None = None):
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
+        rng = rng or random.generator()
+        # Xavier uniform, as in PyTorch: U(-b, b) with b = sqrt(6 / (fan_in + fan_out))
+        bound = math.sqrt(6 / (embed_dim + 3 * embed_dim))
+        self.in_proj_weight = Parameter(rng.uniform(-bound, bound, (embed_dim, 3 * embed_dim)).astype(np.float32))
+        self.in_proj_bias = Parameter(np.zeros(3 * embed_dim, np.float32)) if bias else None
+        self.out_proj = Linear(embed_dim, embed_dim, bias, rng=rng)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        projected = F.linear(x, like(self.in_proj_weight, x), like(self.in_proj_bias, x))
+        heads = projected.reshape(n, length, 3, self.num_heads, width // self.num_heads).transpose(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])  # (N, heads, L, E/heads)
+        return self.out_proj(y.transpose(0, 2, 1, 3).reshape(n, length, width))

@@ -1,0 +1,302 @@
+"""Tensor, Op and the backward pass: reverse-mode differentiation, written once for every op, device and kernel.
+
+An op's instance is the node of the graph. This file knows no kernel and no device; `functional` attaches the operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .kernels.dispatch import device_of, span, to_device, xp_of
+
+_grad_enabled = True
+
+
+class GraphError(RuntimeError):
+    """A backward pass that cannot be: no graph, a freed graph, second derivatives, a gradient of the wrong shape."""
+
+
+@contextlib.contextmanager
+def no_grad() -> Iterator[None]:
+    """Build no graph inside: nothing is saved for backward."""
+    global _grad_enabled
+    before, _grad_enabled = _grad_enabled, False
+    try:
+        yield
+    finally:
+        _grad_enabled = before
+
+
+class Tensor:
+    """An array (NumPy or CuPy) with a place in a graph.
+
+    `data` is the raw array: its type is the device, its dtype the precision. Lists and Python numbers become float32.
+    `grad` is a raw array of the same shape and dtype, or None where no gradient has arrived since `zero_grad()`.
+    """
+
+    # One leaf can hold its gradient in memory that somebody else gave it (a view into a bucket): `grad_buffer`.
+    __slots__ = ("__weakref__", "_arrived", "data", "grad_buffer", "node", "on_grad", "requires_grad")
+
+    def __init__(self, data: Any, requires_grad: bool = False):
+        if isinstance(data, Tensor):
+            data = data.data
+        if not hasattr(data, "__array__") and not hasattr(data, "__cuda_array_interface__"):
+            data = np.asarray(data)
+            data = data.astype(np.float32) if data.dtype == np.float64 else data
+        elif isinstance(data, np.generic):
+            data = np.asarray(data)
+        xp_of(data)  # raises TypeError on what is neither NumPy's nor CuPy's
+        if requires_grad and data.dtype.kind != "f":
+            raise TypeError(f"only floating-point tensors can require a gradient, got dtype {data.dtype}")
+        self.data = data
+        self.requires_grad = requires_grad
+        self.node: Op | None = None
+        self.grad_buffer: Any = None
+        self._arrived = False
+        self.on_grad: Callable[[Tensor], None] | None = None  # called when a leaf's gradient is complete
+
+    @property
+    def grad(self) -> Any:
+        return self.grad_buffer if self._arrived else None
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self.grad_buffer, self._arrived = value, value is not None
+
+    def zero_grad(self) -> None:
+        """Forget the gradient; its memory is kept, and the next gradient to arrive overwrites it."""
+        self._arrived = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        return self.data.size
+
+    @property
+    def device(self) -> str:
+        return device_of(self.data)
+
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array: the same memory on the CPU, a copy from a GPU."""
+        return to_device(self.data, "cpu")
+
+    def item(self) -> float:
+        """The value of a tensor of one element."""
+        return self.data.item()
+
+    def detach(self) -> Tensor:
+        """The same data without a graph."""
+        return Tensor(self.data)
+
+    def to(self, device: str) -> Tensor:
+        """A tensor on `device` ("cpu" or "cuda"), outside the graph; itself if it is there already."""
+        return self if device == self.device else Tensor(to_device(self.data, device), self.requires_grad)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
+
+    # ---------------------------------------------------------------- backward
+
+    def backward(self, gy: Any = None, create_graph: bool = False) -> None:
+        """Add d(self)/d(leaf) to every leaf's `grad`, and free the graph.
+
+        `gy`, by default 1 for a tensor of one element, is the gradient of `self`: a raw array of its shape. Raises
+        GraphError without a graph, on a second pass through it, and on `create_graph` (first derivatives only).
+        """
+        if create_graph:
+            raise GraphError("nanocnn computes first derivatives only: create_graph=True is not supported")
+        if not self.requires_grad:
+            raise GraphError(
+                "backward() on a tensor that requires no gradient: no graph was built (no_grad()? detach()?)"
+            )
+        if gy is None:
+            if self.size != 1:
+                raise GraphError(
+                    f"backward() needs a gradient for a tensor of shape {self.shape}: give one, or reduce to a loss"
+                )
+            gy = xp_of(self.data).ones_like(self.data)
+        gy = gy.data if isinstance(gy, Tensor) else gy
+        if gy.shape != self.shape:
+            raise GraphError(f"backward() was given a gradient of shape {gy.shape} for a tensor of shape {self.shape}")
+        if self.node is None:
+            _arrive(self, gy)
+            return
+        order = _topological_order(self.node)
+        uses = _count_uses(order)
+        grads: dict[int, Any] = {id(self.node): gy}
+        for op in order:
+            gy = grads.pop(id(op), None)
+            if gy is None:  # nothing downstream sent a gradient here
+                gxs: Any = (None,) * len(op.needs)
+            else:
+                with span(type(op).__name__, "backward", layer=op.layer):
+                    gxs = op.backward(gy)
+                gxs = gxs if isinstance(gxs, tuple) else (gxs,)
+            op.free()
+            for x, gx in zip(op.inputs, gxs, strict=True):
+                if x is None:
+                    continue
+                if gx is not None:
+                    gx = _fit(op, x, gx)
+                    if x.node is not None:
+                        before = grads.get(id(x.node))
+                        grads[id(x.node)] = gx if before is None else before + gx  # never +=: gx may be shared
+                    else:
+                        _arrive(x.leaf, gx)
+                if x.leaf is not None:
+                    uses[id(x.leaf)] -= 1
+                    if uses[id(x.leaf)] == 0 and x.leaf.on_grad is not None:
+                        x.leaf.on_grad(x.leaf)
+
+
+class Input(NamedTuple):
+    """Where an op's input came from: the op that made it, or the leaf that it is. Holds no array but a leaf's, so that
+    an activation that no op saved is free as soon as the forward pass lets go of it."""
+
+    node: Op | None
+    leaf: Tensor | None
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Op:
+    """A differentiable function, and the node that it leaves in the graph.
+
+    Subclasses define `forward(self, *arrays, **parameters)`, which returns one raw array and calls `self.save(...)` for
+    what backward needs, and `backward(self, gy)`, which returns one gradient an input (None where `self.needs` is
+    False) and never writes into `gy`. `name = MyOp.apply` makes the function.
+    """
+
+    inputs: tuple[Input | None, ...]  # None where no gradient is needed
+    needs: tuple[bool, ...]
+    saved: tuple[Any, ...] | None = ()
+    layer: str = ""  # the module that ran it, for the profile
+
+    @classmethod
+    def apply(cls, *inputs: Any, **parameters: Any) -> Tensor:
+        op = cls()
+        like = next((x for x in inputs if isinstance(x, Tensor)), None)
+        tensors = [as_tensor(x, like) for x in inputs]
+        op.needs = tuple(_grad_enabled and x.requires_grad for x in tensors)
+        with span(cls.__name__, "forward"):
+            y = Tensor(op.forward(*(x.data for x in tensors), **parameters))
+        if any(op.needs):
+            op.inputs = tuple(
+                Input(x.node, x if x.node is None else None, x.shape, x.dtype) if needed else None
+                for x, needed in zip(tensors, op.needs, strict=True)
+            )
+            y.requires_grad, y.node, op.layer = True, op, _layers[-1] if _layers else ""
+        return y
+
+    def save(self, *arrays: Any) -> None:
+        """Keep arrays for backward; a no-op where none will come."""
+        if any(self.needs):
+            self.saved = arrays
+
+    def free(self) -> None:
+        self.saved = None
+
+    def forward(self, *arrays: Any, **parameters: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no forward()")
+
+    def backward(self, gy: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no backward()")
+
+
+_layers: list[str] = []  # names of the modules being run, outermost first; filled by nn.Module while a profile records
+
+
+def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
+    """`x` as a tensor; a Python number takes the dtype (and device) of `like`, so that float64 cannot creep in."""
+    if isinstance(x, Tensor):
+        return x
+    if like is not None and isinstance(x, int | float):
+        return Tensor(xp_of(like.data).asarray(x, dtype=like.dtype))
+    return Tensor(x)
+
+
+def saved_bytes(y: Tensor) -> int:
+    """Bytes that the graph behind `y` keeps for backward, each array counted once."""
+    arrays = {}
+    for op in _topological_order(y.node) if y.node else ():
+        for a in op.saved or ():
+            if hasattr(a, "nbytes"):
+                base = a if a.base is None else a.base
+                arrays[id(base)] = a.nbytes
+    return sum(arrays.values())
+
+
+def _topological_order(root: Op) -> list[Op]:
+    """Every op before the ops that made its inputs. Iterative: a deep network must not hit the recursion limit."""
+    if root.saved is None:
+        raise GraphError(f"backward() a second time: the graph of {type(root).__name__} was freed by the first pass")
+    order: list[Op] = []
+    seen: set[int] = set()
+    stack: list[tuple[Op, bool]] = [(root, False)]
+    while stack:
+        op, done = stack.pop()
+        if done:
+            order.append(op)
+        elif id(op) not in seen:
+            if op.saved is None:
+                raise GraphError(
+                    f"backward() through {type(op).__name__}, whose graph was freed by an earlier backward()"
+                )
+            seen.add(id(op))
+            stack.append((op, True))
+            stack.extend((x.node, False) for x in op.inputs if x and x.node and id(x.node) not in seen)
+    return order[::-1]
+
+
+def _count_uses(order: list[Op]) -> dict[int, int]:
+    """How often each leaf that needs a gradient appears, so that `on_grad` fires when its gradient is complete."""
+    uses: dict[int, int] = {}
+    for op in order:
+        for x in op.inputs:
+            if x and x.leaf is not None:
+                uses[id(x.leaf)] = uses.get(id(x.leaf), 0) + 1
+    return uses
+
+
+def _fit(op: Op, x: Input, gx: Any) -> Any:
+    """`gx` summed over the axes along which `x` was broadcast; GraphError if its shape or dtype is still not `x`'s."""
+    rank = len(x.shape)
+    if gx.ndim > rank:
+        gx = gx.sum(axis=tuple(range(gx.ndim - rank)))
+    if gx.shape != x.shape and gx.ndim == rank:
+        gx = gx.sum(axis=tuple(i for i, n in enumerate(x.shape) if n == 1), keepdims=True)
+    if gx.shape != x.shape or gx.dtype != x.dtype:
+        raise GraphError(
+            f"{type(op).__name__}.backward() returned a gradient of shape {gx.shape} and dtype {gx.dtype} "
+            f"for an input of shape {x.shape} and dtype {x.dtype}"
+        )
+    return gx
+
+
+def _arrive(leaf: Tensor, g: Any) -> None:
+    """The first gradient of a leaf is copied, later ones are added: `g` may be shared with another leaf."""
+    if leaf.grad_buffer is None:
+        leaf.grad_buffer = xp_of(g).array(g)
+    elif leaf._arrived:
+        leaf.grad_buffer += g
+    else:
+        leaf.grad_buffer[...] = g
+    leaf._arrived = True

@@ -1,0 +1,97 @@
+"""One step, one evaluation. There is no Trainer: a script owns its loop, and it is read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import functional as F
+from . import random
+from .data import Batch
+from .kernels.dispatch import span
+from .metrics import confusion_matrix
+from .nn import Module
+from .optim import Optimizer, clip_grad_norm_
+from .parallel import Comm, GradientAverager
+from .tensor import Tensor, no_grad
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; raised on every rank in the same step, before the parameters are touched."""
+
+
+class StepResult(NamedTuple):
+    """Sums over the global batch, the same on every rank."""
+
+    loss: float
+    correct: int
+    samples: int
+    stop: bool  # some rank was asked to stop
+
+
+def train_step(
+    model: Module,
+    batch: Batch,
+    optimizer: Optimizer,
+    lr: float,
+    averager: GradientAverager,
+    *,
+    label_smoothing: float = 0.0,
+    clip: float | None = None,
+    stop: bool = False,
+) -> StepResult:
+    """Forward, backward, average, update. Raises NonFiniteLoss, on all ranks alike, instead of updating with NaN."""
+    averager.zero()
+    with random.keyed(batch.epoch, batch.index):
+        logits = model(Tensor(batch.x))
+        # Ranks may hold unequal parts of the global batch: the sum over it divided by its size is the mean over it.
+        loss = F.cross_entropy(logits, batch.y, label_smoothing, reduction="sum")
+        (loss * (1 / batch.global_size)).backward()  # buckets leave as they fill
+    averager.finish()
+    correct = (logits.data.argmax(axis=1) == batch.y).sum()
+    loss_sum, correct, stopping = averager.comm.all_reduce(np.array([loss.item(), correct, stop], np.float64))
+    if not math.isfinite(loss_sum):
+        raise NonFiniteLoss(
+            f"the loss is {loss_sum} in epoch {batch.epoch}, step {batch.step}, at learning rate {lr:.3g}; the "
+            "parameters are those of the step before. Try a lower learning rate, warm-up or --clip 1, and check the "
+            "images for NaN"
+        )
+    if clip is not None:
+        clip_grad_norm_(averager.buckets, clip)
+    optimizer.step(lr)
+    return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
+
+
+class Evaluation(NamedTuple):
+    """Of a whole split, the same on every rank. `seconds` is the forward passes' time, the longest of the ranks."""
+
+    loss: float
+    confusion: np.ndarray
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+
+def evaluate(model: Module, batches: Iterable[Batch], num_classes: int, comm: Comm) -> Evaluation:
+    """Mean loss and confusion matrix over the batches of all ranks, without a graph and in evaluation mode."""
+    confusion = np.zeros((num_classes, num_classes), np.float64)
+    loss, seconds = 0.0, 0.0
+    training = model.training
+    model.eval()
+    with no_grad(), span("evaluate", "evaluate"):
+        for batch in batches:
+            start = time.perf_counter()
+            logits = model(Tensor(batch.x))
+            seconds += time.perf_counter() - start
+            loss += F.cross_entropy(logits, batch.y, reduction="sum").item()
+            confusion += confusion_matrix(batch.y, logits.numpy().argmax(axis=1), num_classes)
+    model.train(training)
+    totals: Any = comm.all_reduce(np.append(confusion.ravel(), loss))
+    confusion = totals[:-1].reshape(confusion.shape).astype(np.int64)
+    return Evaluation(totals[-1] / max(1, confusion.sum()), confusion, max(comm.all_gather_object(seconds)))

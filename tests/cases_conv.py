@@ -1,0 +1,74 @@
+"""Example calls for the registry test: convolution, its columns, the matrix product, random bits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nanocnn.kernels.im2col import output_shape
+
+# (N, H, W, C), kernel, O, stride, padding, dilation, groups
+GEOMETRIES = [
+    ((3, 8, 8, 4), (3, 3), 6, (1, 1), (1, 1), (1, 1), 1),
+    ((2, 7, 5, 3), (3, 2), 5, (2, 1), (0, 1), (1, 1), 1),
+    ((1, 9, 9, 4), (3, 3), 6, (2, 2), (2, 2), (2, 2), 2),
+    ((2, 6, 6, 4), (1, 1), 3, (1, 1), (0, 0), (1, 1), 1),
+    ((2, 6, 7, 4), (1, 1), 3, (2, 2), (0, 0), (1, 1), 1),
+    ((2, 5, 5, 4), (3, 3), 4, (1, 1), (1, 1), (1, 1), 4),
+    ((2, 4, 4, 1), (4, 4), 1, (3, 3), (3, 3), (1, 1), 1),
+    ((0, 8, 8, 3), (3, 3), 2, (1, 1), (1, 1), (1, 1), 1),
+]
+
+
+def _conv_arrays(rng, dtype):
+    for shape, kernel, o, stride, padding, dilation, groups in GEOMETRIES:
+        x = rng.standard_normal(shape).astype(dtype)
+        w = rng.standard_normal((*kernel, shape[3] // groups, o)).astype(dtype)
+        gy = rng.standard_normal((*output_shape(shape, kernel, stride, padding, dilation), o)).astype(dtype)
+        yield x, w, gy, (stride, padding, dilation, groups)
+    x = rng.standard_normal((2, 4, 6, 6)).astype(dtype).transpose(0, 2, 3, 1)  # NCHW seen as NHWC: not contiguous
+    w = rng.standard_normal((2, 3, 3, 3)).astype(dtype).transpose(3, 2, 1, 0)
+    gy = rng.standard_normal((6, 6, 2, 2)).astype(dtype).transpose(2, 0, 1, 3)
+    yield x, np.concatenate([w, w[:, :, :1]], axis=2), gy, ((1, 1), (1, 1), (1, 1), 1)
+
+
+def conv2d(rng, dtype):
+    return [((x, w, *geometry), {}) for x, w, _, geometry in _conv_arrays(rng, dtype)]
+
+
+def conv2d_grad_x(rng, dtype):
+    return [((gy, w, x.shape, *geometry), {}) for x, w, gy, geometry in _conv_arrays(rng, dtype)]
+
+
+def conv2d_grad_w(rng, dtype):
+    return [((gy, x, w.shape, *geometry), {}) for x, w, gy, geometry in _conv_arrays(rng, dtype)]
+
+
+def im2col(rng, dtype):
+    return [((x, w.shape[:2], *geometry[:3]), {}) for x, w, _, geometry in _conv_arrays(rng, dtype)]
+
+
+def col2im(rng, dtype):
+    calls = []
+    for x, w, gy, geometry in _conv_arrays(rng, dtype):
+        rows, width = gy.size // gy.shape[3], w.shape[0] * w.shape[1] * x.shape[3]
+        cols = rng.standard_normal((rows, width)).astype(dtype)
+        calls.append(((cols, x.shape, w.shape[:2], *geometry[:3]), {}))
+    return calls
+
+
+def matmul(rng, dtype):
+    shapes = [(1, 1, 1), (5, 3, 4), (17, 300, 9), (0, 4, 3), (4, 0, 3), (4, 3, 0)]
+    calls = [
+        ((rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)), {})
+        for m, k, n in shapes
+    ]
+    a, b = rng.standard_normal((6, 7)).astype(dtype), rng.standard_normal((5, 7)).astype(dtype)
+    return [*calls, ((a, b.T), {}), ((a.T, a), {"out": np.empty((7, 7), dtype)})]
+
+
+def random_bits(rng, dtype):
+    samples = rng.integers(0, 2**32, 5)
+    return [((samples, n, 2**63 + 11, 3, 2), {}) for n in (1, 4, 7)] + [((samples[:0], 4, 1), {})]
+
+
+CASES = {f.__name__: f for f in (conv2d, conv2d_grad_x, conv2d_grad_w, im2col, col2im, matmul, random_bits)}

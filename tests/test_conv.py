@@ -1,0 +1,127 @@
+"""Convolution: derivatives of every variant over random geometries, values against PyTorch, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nanocnn as nc
+import nanocnn.functional as F
+from nanocnn.kernels import dispatch
+from nanocnn.tensor import Tensor
+from nanocnn.testing import check_gradients
+
+CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
+VARIANTS = list(dispatch.primitives["conv2d"].variants)
+
+
+@st.composite
+def geometries(draw, kernels=st.integers(1, 4), groups=st.integers(1, 3)):
+    """(x, w, b) in float64 and the keywords of conv2d, for a geometry in which at least one window fits."""
+    pairs = lambda numbers: (draw(numbers), draw(numbers))  # noqa: E731
+    kernel, stride, padding, dilation = (
+        pairs(kernels),
+        pairs(st.integers(1, 3)),
+        pairs(st.integers(0, 2)),
+        pairs(st.integers(1, 2)),
+    )
+    g = draw(groups)
+    reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    h, w = (draw(st.integers(max(1, r), max(1, r) + 5)) for r in reach)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, c, o = draw(st.integers(1, 3)), g * draw(st.integers(1, 3)), g * draw(st.integers(1, 3))
+    arrays = (rng.standard_normal(s) for s in ((n, h, w, c), (*kernel, c // g, o), (o,)))
+    return tuple(arrays), dict(stride=stride, padding=padding, dilation=dilation, groups=g)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_gradients(variant, data):
+    kernels = st.just(1) if variant == "pointwise" else st.integers(1, 4)
+    groups = st.just(1) if variant in ("blocked", "pointwise") else st.integers(1, 3)
+    arrays, geometry = data.draw(geometries(kernels, groups))
+    if variant == "pointwise":
+        geometry |= dict(stride=1, padding=0)
+    with nc.using(**dict.fromkeys(CONVOLUTIONS, variant)):
+        check_gradients(lambda *t: F.conv2d(*t, **geometry), *arrays)
+        check_gradients(lambda x, w: F.conv2d(x, w, **geometry), *arrays[:2])
+
+
+@settings(max_examples=25, deadline=None)
+@given(geometries())
+def test_equals_pytorch(case):
+    torch = pytest.importorskip("torch")
+    (x, w, b), geometry = case
+    theirs = torch.nn.functional.conv2d(
+        torch.from_numpy(x.transpose(0, 3, 1, 2)),
+        torch.from_numpy(w.transpose(3, 2, 0, 1)),
+        torch.from_numpy(b),
+        **geometry,
+    )
+    ours = F.conv2d(Tensor(x), Tensor(w), Tensor(b), **geometry)
+    np.testing.assert_allclose(ours.data, theirs.permute(0, 2, 3, 1), rtol=1e-9, atol=1e-10)
+
+
+def test_blocks_of_images_join_seamlessly(monkeypatch):
+    from nanocnn.kernels import conv2d as kernel
+
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((7, 6, 6, 3)), rng.standard_normal((3, 3, 3, 4))
+    monkeypatch.setattr(kernel, "COLUMN_BYTES", 2 * 36 * 27 * 8)  # two images a block, one in the last
+    with nc.using(**dict.fromkeys(CONVOLUTIONS, "blocked")):
+        check_gradients(lambda *t: F.conv2d(*t, padding=1), x, w)
+
+
+def test_an_image_that_needs_no_gradient_costs_none():
+    called = []
+    x, w = Tensor(np.ones((1, 4, 4, 1), np.float32)), Tensor(np.ones((3, 3, 1, 1), np.float32), requires_grad=True)
+    primitive = dispatch.primitives["conv2d_grad_x"]
+    original = primitive.variants["blocked"].body
+    primitive.variants["blocked"].body = lambda *a: called.append(a) or original(*a)
+    try:
+        F.conv2d(x, w).sum().backward()
+        assert not called
+        Tensor(x.data, requires_grad=True)
+        F.conv2d(Tensor(x.data, requires_grad=True), w).sum().backward()
+        assert called
+    finally:
+        primitive.variants["blocked"].body = original
+
+
+def ones(*shape, dtype=np.float32):
+    return Tensor(np.ones(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "options", "message"),
+    [
+        (ones(1, 2, 2, 3), ones(3, 3, 3, 4), {}, "larger than the padded image"),
+        (ones(1, 4, 4, 3), ones(3, 3, 3, 4), dict(dilation=2), "larger than the padded image"),
+        (ones(1, 8, 8, 3), ones(3, 3, 4, 4), {}, "input channels"),
+        (ones(1, 8, 8, 4), ones(3, 3, 2, 3), dict(groups=2), "groups"),
+        (ones(8, 8, 3), ones(3, 3, 3, 4), {}, "NHWC|N, H, W, C"),
+        (ones(1, 8, 8, 3), ones(3, 3, 3, 4), dict(stride=0), "stride=0"),
+        (ones(1, 8, 8, 3), ones(3, 3, 3, 4), dict(padding=-1), "padding=-1"),
+        (ones(1, 8, 8, 3), ones(3, 3, 3, 4), dict(stride=(1, 2, 3)), "pair"),
+        (ones(1, 8, 8, 3), ones(3, 3, 3, 4), dict(b=ones(3)), "bias"),
+    ],
+)
+def test_what_cannot_be_is_refused(x, w, options, message):
+    with pytest.raises(ValueError, match=message):
+        F.conv2d(x, w, **options)
+
+
+def test_mixed_dtypes_are_refused():
+    with pytest.raises(TypeError, match="float64 images with float32 weights"):
+        F.conv2d(ones(1, 4, 4, 1, dtype=np.float64), ones(3, 3, 1, 1))
+
+
+def test_a_variant_asked_for_what_it_cannot_do_lists_those_that_can():
+    with (
+        nc.using(conv2d="pointwise"),
+        pytest.raises(dispatch.ChoiceError, match=r"variants that can: reference, blocked"),
+    ):
+        F.conv2d(ones(1, 4, 4, 1), ones(3, 3, 1, 1))

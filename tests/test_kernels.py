@@ -1,0 +1,68 @@
+"""Every variant of every primitive equals its reference. A new kernel file is tested by adding its example calls."""
+
+from __future__ import annotations
+
+import copy
+
+import cases_a
+import cases_b
+import cases_conv
+import numpy as np
+import pytest
+
+from nanocnn.kernels import dispatch
+
+CASES = {**cases_conv.CASES, **cases_a.CASES, **cases_b.CASES}
+DTYPES = (np.float32, np.float64)
+OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
+VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.name != "reference"]
+
+
+def _arrays(value):
+    """The arrays in nested lists, tuples and dicts, in order."""
+    if isinstance(value, np.ndarray | np.generic | float):
+        return [np.asarray(value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [a for v in value for a in _arrays(v)] if isinstance(value, list | tuple) else []
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_primitive_has_example_calls(name):
+    assert name in CASES, f"add example calls of {name} to a tests/cases_*.py"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize(("primitive", "variant"), VARIANTS, ids=lambda v: v)
+def test_variant_equals_reference(primitive, variant, dtype):
+    p = OURS[primitive]
+    rng = np.random.default_rng(7)
+    compared = 0
+    for args, kwargs in CASES[primitive](rng, dtype):
+        if p.variants[variant] not in p.candidates(*args, **kwargs):
+            continue
+        args_reference, kwargs_reference = copy.deepcopy((args, kwargs))
+        expected = p.variants["reference"].body(*args_reference, **kwargs_reference)
+        got = p.variants[variant].body(*args, **kwargs)
+        mine, theirs = _arrays([got, args, kwargs]), _arrays([expected, args_reference, kwargs_reference])
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            tolerance = 0 if a.dtype.kind in "iub" else 2e-5 if a.dtype == np.float32 else 1e-12
+            scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if a.dtype.kind == "f" else 1
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
+        compared += 1
+    assert compared, f"no example call of {primitive} is one that {variant} supports"
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_work_is_counted(name):
+    """Each primitive counts its work, and the work of a call is not negative."""
+    p = OURS[name]
+    if p.count_work is None:
+        return
+    for args, kwargs in CASES[name](np.random.default_rng(3), np.float32):
+        flops, moved = p.count_work(*args, **kwargs)
+        assert flops >= 0
+        assert moved >= 0

@@ -1,0 +1,203 @@
+"""The engine: order of the walk, unbroadcasting, accumulation, freeing, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import nanocnn as nc
+from nanocnn.tensor import GraphError, Op, Tensor, no_grad, saved_bytes
+
+
+def leaf(*shape, dtype=np.float64):
+    return Tensor(np.random.default_rng(0).standard_normal(shape).astype(dtype), requires_grad=True)
+
+
+def test_a_shared_input_receives_the_sum():
+    x = leaf(3)
+    (x * x + x).sum().backward()
+    np.testing.assert_allclose(x.grad, 2 * x.data + 1)
+
+
+def test_a_diamond_is_walked_once():
+    calls = []
+
+    class Twice(Op):
+        def forward(self, a):
+            return 2 * a
+
+        def backward(self, gy):
+            calls.append(gy)
+            return 2 * gy
+
+    x = leaf(2)
+    y = Twice.apply(x)
+    (y + y * 3.0).sum().backward()
+    assert len(calls) == 1
+    np.testing.assert_allclose(x.grad, 8.0)
+
+
+def test_ten_thousand_ops_deep():
+    x = leaf(1)
+    y = x
+    for _ in range(10_000):
+        y = y + 1.0
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((3, 4), (4,)), ((3, 4), (1, 4)), ((2, 3, 4), (3, 1)), ((1,), (5, 1)), ((), (2, 2))]
+)
+def test_gradients_are_summed_over_broadcast_axes(a, b):
+    x, y = leaf(*a), leaf(*b)
+    (x * y).sum().backward()
+    ones = np.ones(np.broadcast_shapes(a, b))
+    assert x.grad.shape == a
+    assert y.grad.shape == b
+    np.testing.assert_allclose(x.grad.sum(), (ones * y.data).sum())
+    np.testing.assert_allclose(y.grad.sum(), (ones * x.data).sum())
+
+
+def test_backward_accumulates_and_zero_grad_forgets():
+    x = leaf(3)
+    x.sum().backward()
+    memory = x.grad
+    x.sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2, 2])
+    x.zero_grad()
+    assert x.grad is None
+    x.sum().backward()
+    np.testing.assert_array_equal(x.grad, [1, 1, 1])
+    assert x.grad is memory
+
+
+def test_two_leaves_never_share_gradient_memory():
+    x, y = leaf(2), leaf(2)
+    (x + y).sum().backward()
+    x.grad += 1
+    np.testing.assert_array_equal(y.grad, [1, 1])
+
+
+def test_on_grad_fires_once_when_the_gradient_is_complete():
+    x = leaf(2)
+    seen = []
+    x.on_grad = lambda t: seen.append(t.grad.copy())
+    (x * 2.0 + x * 3.0).sum().backward()
+    assert len(seen) == 1
+    np.testing.assert_allclose(seen[0], [5, 5])
+
+
+def test_a_second_backward_through_a_freed_graph_is_an_error():
+    x = leaf(2)
+    y = (x * x).sum()
+    y.backward()
+    with pytest.raises(GraphError, match="freed"):
+        y.backward()
+
+
+def test_a_graph_that_joins_a_freed_one_is_an_error():
+    x = leaf(2)
+    h = x * x
+    h.sum().backward()
+    with pytest.raises(GraphError, match=r"Mul.*freed"):
+        (h * 2.0).sum().backward()
+
+
+def test_no_graph_no_backward():
+    x = leaf(2)
+    with no_grad():
+        y = (x * x).sum()
+    assert not y.requires_grad
+    with pytest.raises(GraphError, match="no graph"):
+        y.backward()
+    with pytest.raises(GraphError, match="no graph"):
+        (x.detach() * 2.0).sum().backward()
+
+
+def test_backward_of_many_elements_needs_a_gradient_of_their_shape():
+    x = leaf(2)
+    with pytest.raises(GraphError, match="shape"):
+        (x * x).backward()
+    with pytest.raises(GraphError, match=r"\(3,\)"):
+        (x * x).backward(np.ones(3))
+
+
+def test_second_derivatives_are_refused():
+    with pytest.raises(GraphError, match="first derivatives only"):
+        leaf(1).sum().backward(create_graph=True)
+
+
+@pytest.mark.parametrize("wrong", [lambda gy: gy.astype(np.float32), lambda gy: np.ones(5), lambda gy: gy[:1, None]])
+def test_a_gradient_of_the_wrong_shape_or_dtype_names_its_op(wrong):
+    class Careless(Op):
+        def forward(self, a):
+            return a * 1
+
+        def backward(self, gy):
+            return wrong(gy)
+
+    with pytest.raises(GraphError, match="Careless"):
+        Careless.apply(leaf(2)).sum().backward()
+
+
+def test_dtypes():
+    assert Tensor([1.0, 2.0]).dtype == np.float32
+    assert Tensor([1, 2]).dtype == np.int64
+    assert Tensor(np.ones(2)).dtype == np.float64
+    x = leaf(2, dtype=np.float32)
+    y = (2.0 * x / 3 - 1) ** 2
+    assert y.dtype == np.float32
+    y.sum().backward()
+    assert x.grad.dtype == np.float32
+
+
+def test_only_floats_can_require_a_gradient():
+    with pytest.raises(TypeError, match="int64"):
+        Tensor([1, 2], requires_grad=True)
+
+
+def test_an_input_that_needs_no_gradient_gets_none_computed():
+    needs = []
+
+    class Look(Op):
+        def forward(self, a, b):
+            needs.append(self.needs)
+            return a + b
+
+        def backward(self, gy):
+            return gy, None
+
+    Look.apply(leaf(2), Tensor(np.ones(2))).sum().backward()
+    assert needs == [(True, False)]
+
+
+def test_nothing_is_saved_without_a_graph():
+    x = leaf(4, 4)
+    with no_grad():
+        assert saved_bytes(x * x) == 0
+    assert saved_bytes(x * x) == x.data.nbytes  # saved twice, counted once
+
+
+def test_activations_that_nobody_saved_are_freed_during_forward():
+    x = leaf(8)
+    h = x + 1.0  # Add saves nothing
+    held = weakref.ref(h)
+    y = (h + 1.0).sum()
+    del h
+    gc.collect()
+    assert held() is None
+    y.backward()
+    np.testing.assert_array_equal(x.grad, np.ones(8))
+
+
+def test_what_is_no_array_is_refused():
+    with pytest.raises(TypeError, match="NumPy or CuPy"):
+        Tensor(type("Odd", (), {"__array__": None})())
+
+
+def test_public_names_are_attached():
+    assert nc.Tensor is Tensor
