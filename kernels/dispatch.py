@@ -240,7 +240,8 @@ class Primitive:
             return lambda fn: cls(fn, **options)
         return super().__new__(cls)
 
-    def __init__(self, reference: Callable, *, inplace: bool = False):
+    def __init__(self, reference: Callable | None = None, *, inplace: bool = False):
+        assert reference is not None  # __new__ made a decorator of @Primitive(inplace=True)
         self.name = reference.__name__
         _claim(self.name)
         self.__doc__, self.__name__, self.__module__ = reference.__doc__, reference.__name__, reference.__module__
@@ -353,8 +354,9 @@ def tuned_file() -> Path:
 
 def _tuned(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
     if not tuned_choices:
-        with contextlib.suppress(OSError, ValueError):
-            tuned_choices.update(json.loads(tuned_file().read_text()))
+        # no file, no home folder, no JSON, no dict: each means that nothing was measured yet
+        with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
+            tuned_choices.update({key: str(name) for key, name in json.loads(tuned_file().read_text()).items()})
     key = f"{primitive.name}({_describe(args, kwargs)})"
     candidates = {v.name: v for v in primitive.candidates(*args, **kwargs)}
     if tuned_choices.get(key) in candidates:
@@ -377,7 +379,7 @@ def _tuned(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
 
 def _keep_tuned() -> None:
     """Write the table beside its place and rename it there; a cache that cannot be written costs only the measuring."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
         path = tuned_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")

@@ -15,41 +15,78 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-LOCAL_RANKS = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+# MPICH, Open MPI, MVAPICH, and srun, whose word describes this job step and not the whole allocation.
+LOCAL_RANKS = (
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_STEP_TASKS_PER_NODE",
+)
 AVX512_CORES = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS", "ZEN")
 
 notes: list[str] = []  # what configure() found and did, for the line that connect() prints and for `doctor`
 
 
+def mask() -> list[int]:
+    """The processors of our affinity mask, in order."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def quota() -> int | None:
+    """Processors' worth of time that our cgroup may use (a container's `--cpus`), at least 1; None without a limit."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
+        try:
+            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
+            most, period = map(int, words)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if most > 0:
+            return max(1, round(most / period))
+    return None
+
+
 def cores() -> int:
     """Processors that this process may use: affinity mask and cgroup quota; at least 1."""
-    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        mask = min(mask, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        pass
-    return max(1, mask)
+    return max(1, min(len(mask()), quota() or sys.maxsize))
 
 
 def local_ranks() -> int:
-    """Ranks on this host as the launcher announces them; 1 without a launcher. Open MPI's and Slurm's words included."""
+    """Ranks on this host as the launcher announces them; 1 without a launcher."""
     for name in LOCAL_RANKS:
-        digits = re.match(r"\d+", os.environ.get(name, ""))  # Slurm may say "4(x2)"
+        digits = re.match(r"\d+", os.environ.get(name, ""))  # Slurm may say "4(x2)" or "4,3"
         if digits:
             return max(1, int(digits.group()))
     return 1
 
 
-def share() -> int:
-    """Threads for this rank: $NANOCNN_THREADS, else $OMP_NUM_THREADS, else cores() / local_ranks()."""
-    for name in ("NANOCNN_THREADS", "OMP_NUM_THREADS"):
-        word = os.environ.get(name, "").partition(",")[0]
-        if word.isdigit() and int(word) > 0:
-            return min(int(word), cores())
-    return max(1, cores() // local_ranks())
+def share(masks: Iterable[Iterable[int]] | None = None) -> int:
+    """Threads for this rank: $NANOCNN_THREADS if it is set, else its part of the cores, at most $OMP_NUM_THREADS.
+
+    `masks`, the affinity masks of all ranks on this host, ours included, are known once we are connected. A rank
+    divides its mask by the number of ranks that share some of it: ranks that the launcher bound to cores of their own
+    use all of them, ranks that see the whole host use an equal part. Until then the launcher's word must do. Raises
+    ValueError if $NANOCNN_THREADS is no positive whole number.
+    """
+    word = os.environ.get("NANOCNN_THREADS", "")
+    if word:
+        if not word.isdecimal() or int(word) < 1:
+            raise ValueError(f"NANOCNN_THREADS={word!r}: expected the number of threads of a rank, 1 or more")
+        return int(word)
+    if masks is None:
+        part = cores() // local_ranks()
+    else:
+        ours, others = set(mask()), [set(m) for m in masks]
+        part = len(ours) // max(1, sum(not ours.isdisjoint(m) for m in others))
+        part = min(part, (quota() or sys.maxsize) // max(1, len(others)))
+    most = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if most.isdecimal() and int(most) > 0:
+        part = min(part, int(most))
+    return max(1, part)
 
 
 def configure() -> None:
@@ -69,7 +106,7 @@ def configure() -> None:
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2^4 cycles of spinning, then sleep
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share()))
-    os.environ.setdefault("NUMBA_NUM_THREADS", str(cores()))  # the most that limit() can set later
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(cores(), share())))  # the most that limit() can set later
 
 
 def limit(threads: int) -> None:
@@ -77,7 +114,8 @@ def limit(threads: int) -> None:
     import numba
     import threadpoolctl
 
-    numba.set_num_threads(min(max(1, threads), numba.config.NUMBA_NUM_THREADS))
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(max(1, threads), most))
     threadpoolctl.threadpool_limits(max(1, threads))
 
 

@@ -6,6 +6,7 @@ bucket, and a missing gradient is simply zero.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class Bucket:
         ends = [0]
         for p in params:
             ends.append(ends[-1] + p.size)
-        self.slices = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        self.slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
         xp = xp_of(params[0].data)
         self.data = xp.empty(ends[-1], params[0].dtype)
         for p, where in zip(params, self.slices, strict=True):
@@ -37,10 +38,16 @@ class Bucket:
         return self.data.size
 
     def hold_grad_in(self, memory: Any) -> None:
-        """Let the gradients live in `memory`, a flat array of this size and dtype (a shared window, say)."""
-        self.grad = memory
+        """Let the gradients live in `memory`, a flat array of this size and dtype (a shared window, say).
+
+        Gradients that have arrived move there; the rest of `memory` is left as it is.
+        """
         for p, where in zip(self.params, self.slices, strict=True):
-            p.grad_buffer = memory[where].reshape(p.shape)
+            view = memory[where].reshape(p.shape)
+            if p.grad is not None:
+                view[...] = p.grad
+            p.grad_buffer = view
+        self.grad = memory
 
     def zero(self) -> None:
         """Forget the gradients: the next to arrive overwrite the old ones."""

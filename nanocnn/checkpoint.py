@@ -265,7 +265,7 @@ def load(path: str | Path, expect: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def check_same(saved: Any, current: Any, where: str = "checkpoint") -> None:
-    """Raise CheckpointError, listing the first few differences, unless two states have the same names, shapes, dtypes."""
+    """Raise CheckpointError, with the first few differences, unless two states agree in names, shapes and dtypes."""
     old, new = dict(_outline(saved)), dict(_outline(current))
     differences = [f"missing {name} ({new[name]})" for name in new if name not in old]
     differences += [f"unexpected {name} ({old[name]})" for name in old if name not in new]
@@ -379,8 +379,8 @@ def _decode(path: Path, file: h5py.File) -> dict[str, Any]:
         raise _foreign(path, "an HDF5 file of another kind")
     if file.attrs["schema"] > SCHEMA:
         raise CheckpointError(
-            f"{path}: found schema {file.attrs['schema']}, written by nanocnn {file.attrs['nanocnn']}; expected at most "
-            f"{SCHEMA}. Upgrade nanocnn to that version, or use an older checkpoint"
+            f"{path}: found schema {file.attrs['schema']}, written by nanocnn {file.attrs['nanocnn']}; expected at "
+            f"most {SCHEMA}. Upgrade nanocnn to that version, or use an older checkpoint"
         )
     return _unpack(json.loads(file["tree"][()].tobytes()), file)
 
@@ -431,7 +431,7 @@ def _unpack(node: Any, file: h5py.File) -> Any:
 
 
 def _put(file: h5py.File, place: str, array: np.ndarray) -> str:
-    """Store an array at `place`, which is returned. HDF5 checks only chunked data, so a 0-d array has shape (1,) there."""
+    """Store an array at `place`, which is returned. HDF5 checks chunked data only, so 0-d becomes shape (1,) there."""
     if array.dtype.kind not in "biufc":
         raise TypeError(
             f"{place}: an array of dtype {array.dtype} cannot be saved; expected bool, int, float or complex"
@@ -443,7 +443,7 @@ def _put(file: h5py.File, place: str, array: np.ndarray) -> str:
 
 
 def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """A chunk of whole rows and about CHUNK_BYTES, cut along the first axes and evenly: a half-empty one takes full space."""
+    """About CHUNK_BYTES of whole rows, cut evenly along the first axes: a half-empty chunk takes its full space."""
     chunk = list(shape)
     for axis, n in enumerate(shape):
         row = math.prod(shape[axis + 1 :]) * itemsize

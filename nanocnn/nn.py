@@ -116,7 +116,7 @@ class Module:
             elif item.data.dtype.kind == "f":
                 item.data = item.data.astype(where)
             if isinstance(item, Parameter):
-                item.grad = None
+                item.grad = item.grad_buffer = None
         return self
 
     def zero_grad(self) -> None:

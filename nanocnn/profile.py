@@ -115,10 +115,7 @@ class Profile:
             stack = self._stacks[thread] = []
             self._thread_names[thread] = threading.current_thread().name
         outer = stack[-1] if stack else None
-        if kind == "kernel":
-            phase = outer.phase if outer else "other"
-        else:
-            phase = "forward" if kind == "layer" else kind
+        phase = {"layer": "forward", "kernel": outer.phase if outer else "other"}.get(kind, kind)
         layer = name if kind == "layer" else outer.layer if outer else ""
         in_kernel = outer is not None and (outer.kind == "kernel" or outer.in_kernel)
         stack.append(_Frame(name, kind, phase, layer, in_kernel))
@@ -168,7 +165,7 @@ class Profile:
         `share` is of the wall time; the rows of `kernels` and of `kinds` end with what is left of it.
         """
         wall = self.seconds
-        kernels = [
+        kernels: list[dict[str, Any]] = [
             dict(name=name, variant=variant, calls=s.calls, ms=s.self_s * 1e3, total_ms=s.total_s * 1e3)
             | dict(gflops_per_s=_rate(s.flops, s.total_s), gb_per_s=_rate(s.bytes, s.total_s))
             | dict(share=_share(s.self_s, wall))
@@ -184,7 +181,7 @@ class Profile:
                     dict(name=name, calls=f.calls, forward_ms=f.self_s * 1e3, backward_ms=b.self_s * 1e3)
                     | dict(gflops_per_s=_rate(f.flops + b.flops, seconds), share=_share(seconds, wall))
                 )
-        kinds = []
+        kinds: list[dict[str, Any]] = []
         ordered = dict.fromkeys([*KINDS, *(k for k in self._phases if k != "other")])
         for kind in ordered:
             s = self._phases.get(kind, _Sum())
@@ -197,7 +194,7 @@ class Profile:
         return dict(wall_ms=wall * 1e3, gflops_per_s=rate, kernels=kernels, layers=layers, kinds=kinds)
 
     def table(self) -> Group:
-        """Three rich tables: by primitive and variant, by layer, by kind."""
+        """Rich tables: by primitive and variant, by layer (if any ran), by kind."""
         rows = self.rows()
         wall = rows["wall_ms"]
 
@@ -227,14 +224,16 @@ class Profile:
         notes = []
         if self._dropped:
             notes.append(
-                f"The timeline keeps the first {TRACE_LIMIT:,} spans; {self._dropped:,} later ones are in the tables only."
+                f"The timeline keeps the first {TRACE_LIMIT:,} spans; {self._dropped:,} later ones only count here."
             )
-        return Group(kernels, layers, kinds, *notes)
+        return Group(kernels, *([layers] if layers.rows else []), kinds, *notes)
 
     def print(self, console: Console | None = None) -> None:
         """Print `table()`; 100 columns wide where the output is no terminal."""
         console = console or Console()
-        console.print(self.table(), width=None if console.is_terminal else 100)
+        if not console.is_terminal:
+            console.width = 100
+        console.print(self.table())
 
     def chrome_trace(self, path: str | Path, rank: int = 0) -> Path:
         """Write the timeline as Chrome trace JSON, which https://ui.perfetto.dev and chrome://tracing open.
@@ -247,7 +246,8 @@ class Profile:
         for thread, tid in threads.items():
             name = self._thread_names.get(thread, "main")
             events.append(_metadata("thread_name", rank, tid, name="main" if tid == 0 else name))
-        for name, kind, start, stop, thread, facts in sorted(self._events, key=lambda e: (e[2], -e[3])):
+        spans: list[dict[str, Any]] = []
+        for name, kind, start, stop, thread, facts in reversed(self._events):  # kept as they ended: the outer one last
             variant = facts.get("variant")
             args: dict[str, Any] = {k: v for k, v in facts.items() if v not in (None, "", 0)}
             for work, label in (("flops", "GFLOP/s"), ("bytes", "GB/s")):
@@ -255,9 +255,10 @@ class Profile:
                     args[label] = round(_rate(facts[work], stop - start), 3)
             label = f"{name}={variant}" if variant else name
             ts, dur = round((start - self._first) * 1e6, 3), round((stop - start) * 1e6, 3)
-            events.append(dict(name=label, cat=kind, ph="X", ts=ts, dur=dur, pid=rank, tid=threads[thread], args=args))
+            spans.append(dict(name=label, cat=kind, ph="X", ts=ts, dur=dur, pid=rank, tid=threads[thread], args=args))
+        spans.sort(key=lambda e: (e["ts"], -e["dur"]))
         about = dict(rank=rank, start_unix=self._first_unix, wall_ms=self.seconds * 1e3, dropped_spans=self._dropped)
-        return _write_trace(path, events, about)
+        return _write_trace(path, events + spans, about)
 
 
 profile = Profile
@@ -304,8 +305,8 @@ def _write_trace(path: str | Path, events: list[dict], about: dict[str, Any]) ->
     return path
 
 
-def _metadata(name: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
-    return dict(name=name, ph="M", pid=pid, tid=tid, args=args)
+def _metadata(about: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
+    return dict(name=about, ph="M", pid=pid, tid=tid, args=args)
 
 
 def _add(

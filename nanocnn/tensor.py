@@ -65,7 +65,12 @@ class Tensor:
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        self.grad_buffer, self._arrived = value, value is not None
+        """None forgets the gradient; an array is copied into the memory that holds it, if there is some."""
+        if value is not None and self.grad_buffer is None:
+            self.grad_buffer = value
+        elif value is not None and value is not self.grad_buffer:
+            self.grad_buffer[...] = value
+        self._arrived = value is not None
 
     def zero_grad(self) -> None:
         """Forget the gradient; its memory is kept, and the next gradient to arrive overwrites it."""

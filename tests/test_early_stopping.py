@@ -31,9 +31,9 @@ def test_mode_min():
 
 
 def test_min_delta_is_measured_from_the_best():
-    stopping = EarlyStopping(3, min_delta=0.1)
-    assert answers(stopping, [1.0, 1.05, 1.1, 1.2]) == [False] * 4
-    assert (stopping.best, stopping.waited) == (1.2, 0)
+    stopping = EarlyStopping(3, min_delta=0.5)
+    assert answers(stopping, [1.0, 1.25, 1.5, 1.75]) == [False] * 4
+    assert (stopping.best, stopping.waited) == (1.75, 0)
     stopping = EarlyStopping(2, mode="min", min_delta=0.5)
     assert answers(stopping, [2.0, 1.75, 1.5]) == [False, False, True]
 

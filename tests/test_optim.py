@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nanocnn.tensor import Tensor
 SHAPES = {"conv.weight": (3, 3, 4, 8), "conv.bias": (8,), "scale": (), "empty": (0, 5), "fc.weight": (16, 10)}
 SMALL = 300  # bytes: several buckets, some of several parameters
 
-OPTIONS = [
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "weight_decay": 0.01}),
     ("SGD", {"lr": 0.1, "momentum": 0.9}),
@@ -318,7 +319,7 @@ def test_wrong_state_is_refused_and_changes_nothing():
     for nonsense in ({}, {"step": 1}, {"steps": 1, "state": {}}, None):
         with pytest.raises(ValueError, match="keys 'step' and 'state'"):
             optimizer.load_state_dict(nonsense)
-    with pytest.raises(ValueError, match="unexpected: momentum_buffer of conv.weight"):
+    with pytest.raises(ValueError, match=r"unexpected: momentum_buffer of conv\.weight"):
         optim.SGD(parameters().items(), lr=0.1).load_state_dict(optimizer.state_dict())
 
 

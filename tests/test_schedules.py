@@ -17,14 +17,12 @@ def curve(schedule, **options):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0, 1, 7, 99])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 49])
 def test_every_schedule_climbs_to_the_peak_and_never_rises_again(name, warmup):
     lr = np.array([SCHEDULES[name](step, TOTAL, PEAK, warmup) for step in range(TOTAL)])
     assert (lr > 0).all()
-    assert lr.max() <= PEAK
     top = int(lr.argmax())
-    if not (name == "one-cycle" and warmup in (0,)):
-        np.testing.assert_allclose(lr[top], PEAK if warmup < 51 or name != "step" else lr.max())
+    np.testing.assert_allclose(lr[top], PEAK)
     assert (np.diff(lr[: top + 1]) > 0).all()
     assert (np.diff(lr[top:]) <= 1e-15).all()
 

@@ -99,7 +99,7 @@ CLASSES = tuple(shape.__name__ for shape in SHAPES)
 class _Draws:
     """The random numbers of n images, handed out in order: each call is the next column of all of them."""
 
-    def __init__(self, samples: np.ndarray, seed: int, stream: int, words: int = 96):
+    def __init__(self, samples: np.ndarray, seed: int, stream: int, words: int = 64):
         self.columns = iter(uniform(random_bits(samples, words, seed, stream=stream)).T)
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> np.ndarray:
@@ -131,9 +131,9 @@ def _draw(samples: np.ndarray, seed: int, stream: int, grain: np.ndarray) -> tup
     px, py = axis[None, None, :], axis[None, :, None]
 
     # where, how large, how turned: pixels -> the shape's own coordinates
-    radius = draw(8, 13)
+    radius = draw(10, 13)
     room = SIZE / 2 - 0.85 * radius
-    x, y = px - room * draw(-1, 1), py - room * draw(-1, 1)
+    x, y = px - room * draw(-0.4, 0.4), py - room * draw(-0.4, 0.4)
     cos, sin = _turn(draw())
     stretch = draw(0.87, 1.15)
     u, v = (cos * x + sin * y) / (radius * stretch), (cos * y - sin * x) / radius * stretch
@@ -144,17 +144,16 @@ def _draw(samples: np.ndarray, seed: int, stream: int, grain: np.ndarray) -> tup
     shape_cover = _cover(distance * radius, draw(0.8, 1.6))
 
     # two colours whose lightness differs, either way round, each with a texture
-    dark, light = draw(0.15, 0.45), draw(0.55, 0.85)
+    dark, light = draw(0.15, 0.4), draw(0.6, 0.85)
     swap = draw() < 0.5
     ground, figure = (draw.colour(np.where(swap, a, b)) for a, b in ((dark, light), (light, dark)))
     picture = ground + _texture(draw, px, py)[..., None]
     figure = figure + _texture(draw, px, py)[..., None]
 
-    # clutter: short strokes, two behind the shape and one before it
+    # clutter: short strokes behind the shape
     for _ in range(2):
         _paint(picture, _stroke(draw, px, py), draw.colour(draw(0.15, 0.85)))
     _paint(picture, shape_cover, figure)
-    _paint(picture, _stroke(draw, px, py), draw.colour(draw(0.15, 0.85)))
 
     # light from one side, and the grain of a camera
     cos, sin = _turn(draw())
@@ -162,7 +161,7 @@ def _draw(samples: np.ndarray, seed: int, stream: int, grain: np.ndarray) -> tup
     rows, columns = (draw(0, len(grain) - SIZE).astype(np.int64).ravel() for _ in range(2))
     windows = np.lib.stride_tricks.sliding_window_view(grain.reshape(len(grain), -1), (SIZE, SIZE * 3))
     noise = windows[rows, columns * 3].reshape(picture.shape)
-    picture += draw(0.02, 0.1)[..., None] * noise
+    picture += draw(0.02, 0.08)[..., None] * noise
     return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8), labels
 
 
@@ -186,7 +185,7 @@ def _texture(draw: _Draws, px: np.ndarray, py: np.ndarray) -> Plane:
     cos, sin = _turn(draw())
     wave = _wave((cos * px + sin * py) * draw(0.02, 0.3) + draw())
     across = _wave((cos * py - sin * px) * draw(0.02, 0.3) + draw())
-    return draw(0, 0.16) * wave * np.where(draw() < 0.5, across, np.float32(1))
+    return draw(0, 0.1) * wave * np.where(draw() < 0.5, across, np.float32(1))
 
 
 def _wave(phase: Plane) -> Plane:

@@ -1,0 +1,111 @@
+"""Dropout (Srivastava et al. 2014) with a mask that belongs to the sample, not to its place in a batch.
+
+The mask comes of `random_bits`, keyed by seed, epoch, sample and stream: 1 rank and 4 drop the same. It is kept for
+backward as one byte an element, a quarter of the activations. Drawing it again would keep nothing, but for 128 x 4096
+elements the draw takes 0.13 ms and the backward pass that reads the bytes 0.05 ms in all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from .dispatch import Primitive, plain_floats, xp_of
+from .random import M0, M1, ROUNDS, W0, W1, random_bits
+
+
+def _threshold(p):
+    """An element is kept where its 32 random bits are at least this."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def _scale(p, dtype):
+    return dtype.type(1 / (1 - p) if p < 1 else 0)
+
+
+@Primitive
+def dropout(x, samples, p, seed, epoch, stream):
+    """(N, n), sample numbers (N,) -> y, mask (uint8), both (N, n): x / (1 - p) where the mask is 1, else 0."""
+    xp = xp_of(x)
+    mask = random_bits(samples, x.shape[1], seed, epoch, stream) >= _threshold(p)
+    return xp.where(mask, x * _scale(p, x.dtype), x.dtype.type(0)), mask.astype(xp.uint8)
+
+
+@dropout.variant("numba", supports=lambda x, *_: plain_floats(x))
+def dropout_numba(x, samples, p, seed, epoch, stream):
+    """draws and applies in one pass, 1 KB of random bits at a time; parallel over samples"""
+    y, mask = np.empty(x.shape, x.dtype), np.empty(x.shape, np.uint8)
+    key = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
+    place = np.uint32(stream & 0xFFFFFFFF), np.uint32(epoch & 0xFFFFFFFF)
+    how = np.uint32(_threshold(p)), _scale(p, x.dtype)
+    _dropout(np.ascontiguousarray(x), samples.astype(np.uint32), *place, *key, *how, y, mask)
+    return y, mask
+
+
+CHUNK = 64  # blocks of four words
+
+
+@njit(parallel=True, cache=True)
+def _dropout(x, samples, stream, epoch, seed0, seed1, threshold, scale, y, mask):
+    for i in prange(x.shape[0]):
+        words = np.empty((CHUNK, 4), np.uint32)
+        for first in range(0, x.shape[1], 4 * CHUNK):
+            last = min(x.shape[1], first + 4 * CHUNK)
+            _draw(first // 4, stream, samples[i], epoch, seed0, seed1, words)
+            _apply(x[i, first:last], words.reshape(-1), threshold, scale, y[i, first:last], mask[i, first:last])
+
+
+@njit(inline="always")
+def _draw(first, stream, sample, epoch, seed0, seed1, words):
+    """The blocks from `first` on of `random_bits`; a loop without a branch, so that it becomes vector code."""
+    for block in range(words.shape[0]):
+        c0, c1, c2, c3 = np.uint32(first + block), stream, sample, epoch
+        k0, k1 = seed0, seed1
+        for _ in range(ROUNDS):
+            p0, p1 = np.uint64(c0) * np.uint64(M0), np.uint64(c2) * np.uint64(M1)
+            c0, c1 = np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0, np.uint32(p1)
+            c2, c3 = np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1, np.uint32(p0)
+            k0, k1 = np.uint32(k0 + np.uint32(W0)), np.uint32(k1 + np.uint32(W1))
+        words[block, 0], words[block, 1], words[block, 2], words[block, 3] = c0, c1, c2, c3
+
+
+@njit(inline="always")
+def _apply(x, words, threshold, scale, y, mask):
+    zero = x.dtype.type(0)
+    for j in range(x.size):
+        keep, v = words[j] >= threshold, x[j] * scale
+        mask[j] = keep
+        y[j] = v if keep else zero
+
+
+@dropout.work
+def _(x, samples, p, seed, epoch, stream):
+    return x.size, 2 * x.nbytes + x.size
+
+
+@Primitive
+def dropout_grad(gy, mask, p):
+    """gy / (1 - p) where the mask is 1, else 0."""
+    return xp_of(gy).where(mask, gy * _scale(p, gy.dtype), gy.dtype.type(0))
+
+
+@dropout_grad.variant("numba")
+def dropout_grad_numba(gy, mask, p):
+    """one parallel loop"""
+    gx = np.empty(gy.shape, gy.dtype)
+    flat = np.ascontiguousarray(gy).reshape(-1), np.ascontiguousarray(mask).reshape(-1)
+    _dropout_grad(*flat, _scale(p, gy.dtype), gx.reshape(-1))
+    return gx
+
+
+@njit(parallel=True, cache=True)
+def _dropout_grad(gy, mask, scale, gx):
+    zero = gy.dtype.type(0)
+    for i in prange(gy.size):
+        v = gy[i] * scale
+        gx[i] = v if mask[i] != 0 else zero
+
+
+@dropout_grad.work
+def _(gy, mask, p):
+    return gy.size, 2 * gy.nbytes + mask.nbytes

@@ -1,0 +1,311 @@
+"""Functions of one element and their derivatives; adding a bias, and its gradient.
+
+All are bound by memory, so each is one pass. A derivative takes whatever is cheapest to keep: ReLU's and the sigmoid's
+take the output y, the others the input x.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange, vectorize
+
+from .dispatch import Primitive, plain_floats, xp_of
+from .vecmath import FMA, exp, normal_cdf
+
+
+def _map(kernel, *arrays):
+    """One output like the first array, filled by a flat loop: what every Numba variant here does."""
+    out = np.empty(arrays[0].shape, arrays[0].dtype)
+    kernel(*(np.ascontiguousarray(a).reshape(-1) for a in arrays), out.reshape(-1))
+    return out
+
+
+# ------------------------------------------------------------------ ReLU
+
+
+@Primitive
+def relu(x):
+    """max(x, 0); NaN stays NaN."""
+    return xp_of(x).maximum(x, 0)
+
+
+@relu.variant("numba")
+def relu_numba(x):
+    """one parallel loop"""
+    return _map(_relu, x)
+
+
+@njit(parallel=True, cache=True)
+def _relu(x, y):
+    zero = x.dtype.type(0)
+    for i in prange(x.size):
+        v = x[i]
+        y[i] = zero if v <= zero else v  # a select, not a branch; and NaN is not <= 0
+
+
+@Primitive
+def relu_grad(gy, y):
+    """gy where y > 0. Takes the output, which the next layer keeps anyway."""
+    return xp_of(gy).where(y <= 0, gy.dtype.type(0), gy)
+
+
+@relu_grad.variant("numba")
+def relu_grad_numba(gy, y):
+    """one parallel loop"""
+    return _map(_relu_grad, gy, y)
+
+
+@njit(parallel=True, cache=True)
+def _relu_grad(gy, y, gx):
+    zero = y.dtype.type(0)
+    for i in prange(y.size):
+        g = gy[i]
+        gx[i] = zero if y[i] <= zero else g
+
+
+# ------------------------------------------------------------------ sigmoid and SiLU
+
+
+@Primitive
+def sigmoid(x):
+    """1 / (1 + exp(-x)), written with exp(-|x|), which cannot overflow."""
+    xp = xp_of(x)
+    e = xp.exp(-abs(x))
+    return xp.where(x < 0, e, 1) / (1 + e)
+
+
+@sigmoid.variant("numba")
+def sigmoid_numba(x):
+    """one parallel loop, a vectorised exponential"""
+    return _map(_sigmoid, x)
+
+
+@njit(cache=True, inline="always", fastmath=FMA)
+def _sigmoid_of(x, one):  # `one` has x's dtype: a plain 1 would make float32 float64
+    e = exp(-abs(x))
+    return (e if x < 0 else one) / (one + e)
+
+
+@njit(parallel=True, cache=True, fastmath=FMA)
+def _sigmoid(x, y):
+    one = x.dtype.type(1)
+    for i in prange(x.size):
+        y[i] = _sigmoid_of(x[i], one)
+
+
+@Primitive
+def sigmoid_grad(gy, y):
+    """gy y (1 - y)."""
+    return gy * y * (1 - y)
+
+
+@sigmoid_grad.variant("numba")
+def sigmoid_grad_numba(gy, y):
+    """one parallel loop"""
+    return _map(_sigmoid_grad, gy, y)
+
+
+@njit(parallel=True, cache=True, fastmath=FMA)
+def _sigmoid_grad(gy, y, gx):
+    one = y.dtype.type(1)
+    for i in prange(y.size):
+        gx[i] = gy[i] * y[i] * (one - y[i])
+
+
+@Primitive
+def silu(x):
+    """x sigmoid(x) (Elfwing et al. 2018; "swish")."""
+    return x * sigmoid(x)
+
+
+@silu.variant("numba")
+def silu_numba(x):
+    """one parallel loop, a vectorised exponential"""
+    return _map(_silu, x)
+
+
+@njit(parallel=True, cache=True, fastmath=FMA)
+def _silu(x, y):
+    one = x.dtype.type(1)
+    for i in prange(x.size):
+        y[i] = x[i] * _sigmoid_of(x[i], one)
+
+
+@Primitive
+def silu_grad(gy, x):
+    """gy s (1 + x (1 - s)) with s = sigmoid(x)."""
+    s = sigmoid(x)
+    return gy * s * (1 + x * (1 - s))
+
+
+@silu_grad.variant("numba")
+def silu_grad_numba(gy, x):
+    """one parallel loop, the sigmoid computed again"""
+    return _map(_silu_grad, gy, x)
+
+
+@njit(parallel=True, cache=True, fastmath=FMA)
+def _silu_grad(gy, x, gx):
+    one = x.dtype.type(1)
+    for i in prange(x.size):
+        s = _sigmoid_of(x[i], one)
+        gx[i] = gy[i] * s * (one + x[i] * (one - s))
+
+
+# ------------------------------------------------------------------ GELU
+
+
+@vectorize(cache=True)
+def _erf(x):  # NumPy has none
+    return math.erf(x)
+
+
+def _phi(x):
+    """The normal distribution function, as PyTorch computes it: (1 + erf(x / sqrt 2)) / 2."""
+    if xp_of(x) is np:
+        erf = _erf
+    else:
+        from cupyx.scipy.special import erf
+    return (1 + erf(x * math.sqrt(0.5))) / 2
+
+
+@Primitive
+def gelu(x):
+    """x P(X <= x) for a standard normal X: the exact form (Hendrycks & Gimpel 2016), not the tanh one."""
+    return x * _phi(x)
+
+
+@gelu.variant("numba")
+def gelu_numba(x):
+    """one parallel loop, a vectorised exponential and a polynomial"""
+    return _map(_gelu, x)
+
+
+@njit(parallel=True, cache=True, fastmath=FMA)
+def _gelu(x, y):
+    minus_half = x.dtype.type(-0.5)
+    for i in prange(x.size):
+        v = x[i]
+        y[i] = v * normal_cdf(v, exp(v * v * minus_half))
+
+
+@Primitive
+def gelu_grad(gy, x):
+    """gy (P(X <= x) + x p(x)), p the normal density."""
+    xp = xp_of(x)
+    return gy * (_phi(x) + x * xp.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi)))
+
+
+@gelu_grad.variant("numba")
+def gelu_grad_numba(gy, x):
+    """one parallel loop; distribution and density share one exponential"""
+    return _map(_gelu_grad, gy, x)
+
+
+@njit(parallel=True, cache=True, fastmath=FMA)
+def _gelu_grad(gy, x, gx):
+    minus_half, peak = x.dtype.type(-0.5), x.dtype.type(1 / math.sqrt(2 * math.pi))
+    for i in prange(x.size):
+        v = x[i]
+        e = exp(v * v * minus_half)
+        gx[i] = gy[i] * (normal_cdf(v, e) + v * e * peak)
+
+
+# ------------------------------------------------------------------ bias
+
+
+@Primitive(inplace=True)
+def add_bias(x, b):
+    """x += b over the last axis, in place: (..., C), (C,). What follows a matrix product into fresh memory."""
+    x += b
+    return x
+
+
+@add_bias.variant("numba", supports=lambda x, b: plain_floats(x, b) and x.flags.c_contiguous)
+def add_bias_numba(x, b):
+    """parallel over rows"""
+    _add_bias(as_rows(x), np.ascontiguousarray(b))
+    return x
+
+
+@njit(parallel=True, cache=True)
+def _add_bias(x, b):
+    for i in prange(x.shape[0]):
+        row = x[i]
+        for c in range(b.size):
+            row[c] += b[c]
+
+
+@Primitive
+def bias_grad(gy):
+    """(..., C) -> (C,): the sum over all other axes, added up in float64."""
+    return as_rows(gy).sum(axis=0, dtype=np.float64).astype(gy.dtype)
+
+
+@bias_grad.variant("numba")
+def bias_grad_numba(gy):
+    """partial sums of fixed blocks of rows, in parallel; then the sum of these, in order"""
+    gy = as_rows(np.ascontiguousarray(gy))
+    partial = np.zeros((blocks_of_rows(*gy.shape), gy.shape[1]), np.float64)
+    _column_sums(gy, partial)
+    return partial.sum(axis=0).astype(gy.dtype)
+
+
+def as_rows(x):
+    """(..., C) -> (M, C), also where a length is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def blocks_of_rows(rows, columns):
+    """How many blocks a sum over rows is cut into: by the shape alone, so that it is the same for any number of threads."""
+    return -(-rows // max(32, 65536 // max(1, columns)))
+
+
+@njit(cache=True, inline="always")
+def block_of(rows, blocks, k):
+    """The k-th of `blocks` blocks of rows, as (first, last + 1)."""
+    length = (rows + blocks - 1) // blocks
+    return min(rows, k * length), min(rows, (k + 1) * length)
+
+
+@njit(parallel=True, cache=True)
+def _column_sums(x, partial):
+    for k in prange(partial.shape[0]):
+        first, last = block_of(x.shape[0], partial.shape[0], k)
+        _add_rows(x[first:last], partial[k])
+
+
+@njit(cache=True)
+def _add_rows(x, total):
+    # Eight rows at a time: their sum is made in registers, in x's precision, before the float64 total is touched.
+    whole = x.shape[0] - x.shape[0] % 8
+    for r in range(0, whole, 8):
+        for c in range(total.size):
+            low = (x[r, c] + x[r + 1, c]) + (x[r + 2, c] + x[r + 3, c])
+            total[c] += low + ((x[r + 4, c] + x[r + 5, c]) + (x[r + 6, c] + x[r + 7, c]))
+    for r in range(whole, x.shape[0]):
+        for c in range(total.size):
+            total[c] += x[r, c]
+
+
+# ------------------------------------------------------------------ work
+
+
+def _reads_one_writes_one(x):
+    return 10 * x.size, 2 * x.nbytes
+
+
+def _reads_two_writes_one(gy, x):
+    return 10 * x.size, 3 * x.nbytes
+
+
+for _primitive in (sigmoid, silu, gelu):
+    _primitive.work(_reads_one_writes_one)
+for _primitive in (sigmoid_grad, silu_grad, gelu_grad):
+    _primitive.work(_reads_two_writes_one)
+relu.work(lambda x: (x.size, 2 * x.nbytes))
+relu_grad.work(lambda gy, y: (y.size, 3 * y.nbytes))
+add_bias.work(lambda x, b: (x.size, 2 * x.nbytes))
+bias_grad.work(lambda gy: (gy.size, gy.nbytes))

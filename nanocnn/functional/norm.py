@@ -1,0 +1,111 @@
+"""Batch norm and layer norm: the calculus; speed is a matter of kernels/batch_norm.py and kernels/layer_norm.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..kernels import batch_norm as kernels
+from ..kernels import layer_norm as layer_kernels
+from ..kernels.dispatch import xp_of
+from ..tensor import Op, Tensor, as_tensor
+
+
+class BatchNorm(Op):
+    """y = (x - mean) rstd weight + bias, rstd = 1 / sqrt(var + eps), over all axes but the last (M rows).
+
+    With h = (x - mean) rstd: gb = sum(gy), gw = sum(gy h), and in training, where mean and var depend on x,
+    gx = weight rstd (gy - gb / M - h gw / M) (Ioffe & Szegedy 2015, section 3). In evaluation the last two terms vanish.
+    """
+
+    def forward(self, x, weight, bias, *, running_mean, running_var, training, momentum, eps):
+        xp, rows = xp_of(x), math.prod(x.shape[:-1])
+        if training and rows:
+            mean, var = kernels.batch_norm_stats(x)
+            running_mean += (momentum * (mean - running_mean)).astype(running_mean.dtype)
+            unbiased = var * (rows / (rows - 1))
+            running_var += (momentum * (unbiased - running_var)).astype(running_var.dtype)
+        else:
+            dtype = kernels.statistics_dtype(x)
+            mean, var = running_mean.astype(dtype), running_var.astype(dtype)
+        rstd = 1 / xp.sqrt(var + eps)
+        self.save(x, mean, rstd, weight)
+        self.rows = rows if training else math.inf
+        return kernels.batch_norm_apply(x, mean, weight * rstd, bias)
+
+    def backward(self, gy):
+        x, mean, rstd, weight = self.saved
+        gb, gw = kernels.batch_norm_grad_stats(gy, x, mean)
+        gw *= rstd
+        gx = None
+        if self.needs[0]:
+            share = 1 / max(1, self.rows)
+            gx = kernels.batch_norm_grad(gy, x, mean, weight * rstd, gb * share, gw * rstd * share)
+        return gx, gw.astype(weight.dtype, copy=False), gb.astype(weight.dtype, copy=False)
+
+
+class LayerNorm(Op):
+    def forward(self, x, weight, bias, *, eps):
+        y, mean, rstd = layer_kernels.layer_norm(x, weight, bias, eps)
+        self.save(x, mean, rstd, weight)
+        return y
+
+    def backward(self, gy):
+        return layer_kernels.layer_norm_grad(gy, *self.saved)
+
+
+def _affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`weight` and `bias`, 1 and 0 where None, checked to be one for each channel."""
+    channels = (x.shape[-1],)
+    xp = xp_of(x.data)
+    weight = as_tensor(xp.ones(channels, x.dtype) if weight is None else weight)
+    bias = as_tensor(xp.zeros(channels, x.dtype) if bias is None else bias)
+    if weight.shape != channels or bias.shape != channels:
+        raise ValueError(
+            f"{name} of {x.shape} with weight {weight.shape} and bias {bias.shape}: expected one of each for every one "
+            f"of the {channels[0]} channels, the last axis"
+        )
+    return weight, bias
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(N, C) or (N, H, W, C), normalised over all axes but the last; then times `weight` plus `bias`, (C,) or None.
+
+    In training by the batch's mean and variance, and the raw arrays `running_mean` and `running_var` are updated in
+    place: running = (1 - momentum) running + momentum batch, the variance unbiased, as in PyTorch. In evaluation by
+    the running ones. An empty batch changes nothing. Raises ValueError on shapes that do not fit, and in training on one
+    row, whose variance nobody knows.
+    """
+    if x.ndim not in (2, 4):
+        raise ValueError(f"batch_norm of shape {x.shape}: expected (N, C) or (N, H, W, C)")
+    weight, bias = _affine("batch_norm", x, weight, bias)
+    if running_mean.shape != weight.shape or running_var.shape != weight.shape:
+        raise ValueError(
+            f"batch_norm of {x.shape} with running statistics {running_mean.shape} and {running_var.shape}: expected "
+            f"{weight.shape}, one for each channel"
+        )
+    if training and math.prod(x.shape[:-1]) == 1:
+        raise ValueError(
+            f"batch_norm of {x.shape} in training: one row has no variance; use a larger batch, or evaluation mode"
+        )
+    statistics = dict(running_mean=running_mean, running_var=running_var)
+    return BatchNorm.apply(x, weight, bias, **statistics, training=training, momentum=momentum, eps=eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(..., C), each row normalised by its own mean and variance; then times `weight` plus `bias`, (C,) or None.
+
+    Ba, Kiros & Hinton 2016. Raises ValueError on shapes that do not fit.
+    """
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm of shape {x.shape}: expected (..., C) with at least one channel")
+    return LayerNorm.apply(x, *_affine("layer_norm", x, weight, bias), eps=eps)

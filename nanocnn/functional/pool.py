@@ -1,0 +1,110 @@
+"""Pooling over NHWC images: the calculus; speed is a matter of kernels/pool2d.py."""
+
+from __future__ import annotations
+
+from ..kernels import pool2d as kernels
+from ..kernels.dispatch import xp_of
+from ..tensor import Op, Tensor
+from .geometry import Pair, pair
+
+Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # kernel, stride, padding
+
+
+class MaxPool2d(Op):
+    def forward(self, x, *, window):
+        y, position = kernels.max_pool2d(x, *window)
+        self.save(position)
+        self.shape, self.window = x.shape, window
+        return y
+
+    def backward(self, gy):
+        return kernels.max_pool2d_grad(gy, *self.saved, self.shape, *self.window)
+
+
+class AvgPool2d(Op):
+    def forward(self, x, *, window):
+        self.shape, self.window = x.shape, window
+        return kernels.avg_pool2d(x, *window)
+
+    def backward(self, gy):
+        return kernels.avg_pool2d_grad(gy, self.shape, *self.window)
+
+
+class AdaptiveAvgPool2d(Op):
+    """Windows of unequal sizes: y = R x C with matrices R over rows and C over columns, whose rows are the windows."""
+
+    def forward(self, x, *, output_size):
+        xp = xp_of(x)
+        self.rows = _averages(xp, x.shape[1], output_size[0], x.dtype)
+        self.columns = _averages(xp, x.shape[2], output_size[1], x.dtype)
+        return _between(xp, x, self.rows, self.columns)
+
+    def backward(self, gy):
+        return _between(xp_of(gy), gy, self.rows.T, self.columns.T)
+
+
+def _averages(xp, size, out, dtype):
+    """(out, size): row i averages pixels floor(i size / out) to ceil((i + 1) size / out)."""
+    matrix = xp.zeros((out, size), dtype)
+    for i in range(out):
+        first, last = i * size // out, -(-(i + 1) * size // out)
+        matrix[i, first:last] = 1 / (last - first)
+    return matrix
+
+
+def _between(xp, x, rows, columns):
+    """sum over h, w of rows[p, h] x[n, h, w, c] columns[q, w] -> (n, p, q, c)"""
+    x = xp.tensordot(rows, x, axes=(1, 1))  # (p, n, w, c)
+    return xp.ascontiguousarray(xp.tensordot(columns, x, axes=(1, 2)).transpose(2, 1, 0, 3))
+
+
+def _image(name: str, x: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"{name} of shape {x.shape}: expected images (N, H, W, C)")
+
+
+def _window(name: str, x: Tensor, kernel_size: Pair, stride: Pair | None, padding: Pair) -> Window:
+    _image(name, x)
+    kernel = pair("kernel_size", kernel_size, 1)
+    window = kernel, kernel if stride is None else pair("stride", stride, 1), pair("padding", padding, 0)
+    if any(2 * p > k for p, k in zip(window[2], kernel, strict=True)):
+        raise ValueError(
+            f"{name}: padding {window[2]} is more than half the kernel {kernel}, so that a window could lie in the "
+            "padding alone: use less padding or a larger kernel"
+        )
+    return window
+
+
+def max_pool2d(x: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
+    """(N, H, W, C) -> (N, OH, OW, C): the largest of each window, OH = (H + 2 padding - KH) // stride + 1.
+
+    `stride` is the kernel's size unless given; padding counts as -inf. The gradient goes to the largest, the first of
+    equals. Raises ValueError if a kernel is larger than the padded image.
+    """
+    return MaxPool2d.apply(x, window=_window("max_pool2d", x, kernel_size, stride, padding))
+
+
+def avg_pool2d(x: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
+    """(N, H, W, C) -> (N, OH, OW, C): the mean of each window, OH = (H + 2 padding - KH) // stride + 1.
+
+    `stride` is the kernel's size unless given; the zeros of the padding are counted (PyTorch's count_include_pad=True).
+    Raises ValueError if a kernel is larger than the padded image.
+    """
+    return AvgPool2d.apply(x, window=_window("avg_pool2d", x, kernel_size, stride, padding))
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: Pair) -> Tensor:
+    """(N, H, W, C) -> (N, *output_size, C): means over windows that cover the image, cut as PyTorch cuts them."""
+    _image("adaptive_avg_pool2d", x)
+    h, w = x.shape[1:3]
+    oh, ow = pair("output_size", output_size, 1)
+    if not h or not w:
+        raise ValueError(f"adaptive_avg_pool2d of shape {x.shape}: expected images of at least one pixel")
+    if h % oh or w % ow:
+        return AdaptiveAvgPool2d.apply(x, output_size=(oh, ow))
+    return avg_pool2d(x, (h // oh, w // ow))
+
+
+def global_avg_pool2d(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, C): the mean of each channel of each image."""
+    return adaptive_avg_pool2d(x, 1).reshape(x.shape[0], x.shape[3])

@@ -1,0 +1,99 @@
+"""The seed, the generator that weights are drawn from, and what keys dropout.
+
+A mask is a function of (seed, epoch, sample, stream) and of nothing else: `keyed()` says which epoch it is and which
+samples the rows of this batch are, and `stream` counts the dropout calls of a forward pass. So a mask depends neither on
+the number of ranks nor on what was drawn before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Augmentation draws from the same function with the same key, from stream 0 on; dropout must not repeat its numbers.
+KEYED_STREAMS, COUNTED_STREAMS = 1 << 24, 1 << 25
+
+
+class Key(NamedTuple):
+    """What `random_bits` needs besides the number of words: samples (N,) int64, and three integers."""
+
+    samples: np.ndarray
+    seed: int
+    epoch: int
+    stream: int
+
+
+_seed = 0
+_generator = np.random.default_rng(_seed)
+_drawn = 0  # masks drawn outside keyed(), each of which is a new epoch of its own
+_batch: tuple[int, np.ndarray] | None = None  # (epoch, samples) inside keyed()
+_stream = 0  # dropout calls since keyed() was entered
+
+
+def manual_seed(seed: int) -> None:
+    """Start over: new weights and dropout masks follow from `seed`, 0 to 2^63 - 1. Without a call the seed is 0."""
+    global _seed, _generator, _drawn
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise ValueError(f"manual_seed({seed!r}): expected an integer from 0 to 2^63 - 1")
+    _seed, _generator, _drawn = int(seed), np.random.default_rng(int(seed)), 0
+
+
+def generator() -> np.random.Generator:
+    """The generator that new layers draw their weights from."""
+    return _generator
+
+
+@contextlib.contextmanager
+def keyed(epoch: int, samples: Any) -> Iterator[None]:
+    """Inside, dropout masks belong to these samples of the data set: (N,) integers, one for each row of the batch.
+
+        with random.keyed(epoch, batch.index):
+            loss = F.cross_entropy(model(x), y)
+
+    One block a forward pass: entering it numbers the dropout calls from 0 again. Raises ValueError on other shapes.
+    """
+    global _batch, _stream
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or samples.dtype.kind not in "iu":
+        raise ValueError(f"keyed() takes sample numbers (N,) of an integer dtype, got {samples.dtype} {samples.shape}")
+    before = _batch, _stream
+    _batch, _stream = (int(epoch), samples.astype(np.int64)), 0
+    try:
+        yield
+    finally:
+        _batch, _stream = before
+
+
+def next_key(rows: int) -> Key:
+    """The key of the next mask, for a batch of `rows` rows.
+
+    Outside keyed() the rows are numbered from 0 and every call draws a new mask. Inside, the rows of a sample stand
+    together (tokens of an image, say); raises ValueError if their number is no multiple of the samples'.
+    """
+    global _drawn, _stream
+    if _batch is None:
+        _drawn += 1
+        return Key(np.arange(rows), _seed, _drawn - 1, COUNTED_STREAMS)
+    epoch, samples = _batch
+    if rows != len(samples) and (len(samples) == 0 or rows % len(samples)):
+        raise ValueError(
+            f"dropout of {rows} rows inside keyed() with {len(samples)} samples: expected one row for each sample, or "
+            "the same number of rows for each"
+        )
+    _stream += 1
+    return Key(samples, _seed, epoch, KEYED_STREAMS + _stream - 1)
+
+
+def state_dict() -> dict[str, int]:
+    """What a checkpoint keeps so that dropout goes on as it would have: the seed, and how many masks were drawn unkeyed."""
+    return {"seed": _seed, "drawn": _drawn}
+
+
+def load_state_dict(state: dict[str, int]) -> None:
+    """Go on from a `state_dict()`. The weights' generator starts over: a model that resumes has its weights."""
+    global _drawn
+    manual_seed(int(state["seed"]))
+    _drawn = int(state["drawn"])
