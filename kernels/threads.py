@@ -92,17 +92,18 @@ def share(masks: Iterable[Iterable[int]] | None = None) -> int:
 def configure() -> None:
     """Set what BLAS and Numba read at their import. Called by `nanocnn.kernels`; what it did is in `notes`."""
     notes.clear()
-    if "numpy" in sys.modules:
-        notes.append("NumPy was imported before nanocnn: BLAS keeps its own idle policy and core type")
+    late = "numpy" in sys.modules
     coretype = os.environ.get("OPENBLAS_CORETYPE", "")
     if coretype and coretype.upper() not in AVX512_CORES and "avx512f" in _cpu_flags():
-        if os.environ.get("NANOCNN_KEEP_ENV"):
+        if late or os.environ.get("NANOCNN_KEEP_ENV"):
             notes.append(f"OPENBLAS_CORETYPE={coretype} keeps BLAS off this processor's AVX-512")
         else:
             del os.environ["OPENBLAS_CORETYPE"]
             notes.append(
                 f"unset OPENBLAS_CORETYPE={coretype}, which keeps BLAS off AVX-512 (NANOCNN_KEEP_ENV=1 keeps it)"
             )
+    if late:
+        notes.append("NumPy was imported before nanocnn, too early for BLAS to be told anything: import nanocnn first")
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2^4 cycles of spinning, then sleep
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share()))

@@ -81,6 +81,7 @@ def machine_facts(probe: bool = False) -> dict[str, Any]:
     """
     asked = _ask(probe)
     versions = {name: _version(name) for name in ("nanocnn", *NEEDED, *OPTIONAL)}
+    versions["nanocnn"] = versions["nanocnn"] or _source_version()
     return dict(
         python=dict(version=platform.python_version(), executable=sys.executable),
         system=dict(platform=platform.platform(), host=platform.node()),
@@ -273,7 +274,7 @@ def _data() -> dict[str, list[str]]:
 
 
 def _ask(probe: bool) -> dict[str, tuple[int, str]]:
-    """Exit status and words of the programs that know more, all asked at once; those that are not there are left out."""
+    """Exit status and words of the programs that know more, all asked at once; those not there are left out."""
     commands: dict[str, list[str]] = {}
     if probe:
         query = ["--query-gpu=name", "--format=csv,noheader"]
@@ -305,6 +306,12 @@ def _version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
+
+
+def _source_version() -> str | None:
+    """The version of a source tree that is run without being installed."""
+    match = re.search(r'^version = "(.+)"', _read(Path(__file__).resolve().parent.parent / "pyproject.toml"), re.M)
+    return match[1] if match else None
 
 
 def _writable(folder: Path) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..kernels.conv2d import conv2d as conv2d_kernel
-from ..kernels.conv2d import conv2d_grad_w, conv2d_grad_x
+from ..kernels import conv2d as kernels
 from ..kernels.elementwise import add_bias, bias_grad
 from ..tensor import Op, Tensor
 from .geometry import Pair, pair
@@ -13,15 +12,15 @@ class Conv2d(Op):
     def forward(self, x, w, b=None, *, stride, padding, dilation, groups):
         self.save(x, w)
         self.geometry = stride, padding, dilation, groups
-        y = conv2d_kernel(x, w, *self.geometry)
+        y = kernels.conv2d(x, w, *self.geometry)
         if b is not None:
             add_bias(y, b)
         return y
 
     def backward(self, gy):
         x, w = self.saved
-        gx = conv2d_grad_x(gy, w, x.shape, *self.geometry) if self.needs[0] else None
-        gw = conv2d_grad_w(gy, x, w.shape, *self.geometry) if self.needs[1] else None
+        gx = kernels.conv2d_grad_x(gy, w, x.shape, *self.geometry) if self.needs[0] else None
+        gw = kernels.conv2d_grad_w(gy, x, w.shape, *self.geometry) if self.needs[1] else None
         gb = bias_grad(gy) if len(self.needs) == 3 and self.needs[2] else None
         return (gx, gw, gb)[: len(self.needs)]
 
