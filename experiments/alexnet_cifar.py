@@ -4,19 +4,25 @@
 Every rank holds the whole network; the gradients are averaged while the backward pass still runs.
 """
 
+import sys
 import time
+from contextlib import nullcontext
 
-import nanocnn as nc  # before NumPy, whose BLAS reads its settings from the environment that this import sets
-from nanocnn import checkpoint, parallel
+import nanocnn as nc  # before NumPy, whose BLAS reads at import what this sets in the environment
+from nanocnn import parallel
+from nanocnn.data import Loader
 from nanocnn.early_stopping import EarlyStopping
 from nanocnn.ema import EMA
-from nanocnn.metrics import Metrics
+from nanocnn.kernels.dispatch import variants_that_ran
+from nanocnn.machine import machine_facts
+from nanocnn.metrics import Metrics, print_confusion
 from nanocnn.models import alexnet_cifar
-from nanocnn.record import Progress, Run, peak_memory
-from nanocnn.schedules import SCHEDULES
+from nanocnn.progress import Progress, duration
+from nanocnn.record import Run, peak_memory
+from nanocnn.resume import Keeper, Position
 from nanocnn.train import evaluate, train_step
 
-from options import count, fraction, positive, training_parser  # isort: skip  (beside this file)
+import common  # isort: skip  (beside this file)
 
 EXAMPLES = """examples:
   python experiments/alexnet_cifar.py --epochs 3 --width 0.5      alone, a small one
@@ -27,16 +33,157 @@ EXAMPLES = """examples:
 
 
 def arguments():
-    parser = training_parser(__doc__, EXAMPLES)
+    parser = common.training_parser(__doc__, EXAMPLES)
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=positive, default=1.0, help="scales channels and features")
+    model.add_argument("--width", type=common.positive, default=1.0, help="scales channels and features")
     model.add_argument("--batch-norm", action="store_true", help="batch norm after each convolution")
-    model.add_argument(
-        "--stem-stride", type=count, choices=(1, 2), default=2, help="1 keeps the resolution: 4x the work"
+    model.add_argument("--stem-stride", type=int, choices=(1, 2), default=2, help="1 keeps the resolution: 4x the work")
+    model.add_argument("--dropout", type=common.fraction, default=0.5, help="in the classifier")
+    args = parser.parse_args()
+    if args.patience and not args.val:
+        parser.error("--patience selects by the validation set, and --val 0 leaves none")
+    common.apply_choices(args, parser)
+    return args
+
+
+def train(args, comm):
+    """Train, record, and return the exit status."""
+    data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, train_size=args.train_images)
+    ranks = dict(rank=comm.rank, size=comm.size)
+    augment = common.make_augment(args, data)
+    train_batches = Loader(data.train, args.batch_size, augment=augment, shuffle=True, seed=args.seed, **ranks)
+    in_order = dict(shuffle=False, **ranks)
+    val_batches = Loader(data.val, 256 * comm.size, **in_order) if len(data.val) else None
+    test_batches = Loader(data.test, 256 * comm.size, **in_order)
+
+    nc.manual_seed(args.seed)
+    model = alexnet_cifar(
+        len(data.classes),
+        width=args.width,
+        batch_norm=args.batch_norm,
+        stem_stride=args.stem_stride,
+        dropout=args.dropout,
+        image_size=data.train.images.shape[1],
+        in_channels=data.train.images.shape[3],
     )
-    model.add_argument("--dropout", type=fraction, default=0.5, help="in the classifier")
-    return parser.parse_args()
+    optimizer = common.make_optimizer(args, model)
+    learning_rate = common.make_schedule(args, len(train_batches))
+    averager = parallel.GradientAverager(optimizer.buckets, comm)
+    parallel.broadcast_parameters(optimizer.buckets, model.named_buffers(), comm)
+    ema = EMA(optimizer.buckets, args.ema) if args.ema else None
+    stopping = EarlyStopping(args.patience or args.epochs + 1)
+
+    folder = common.run_folder(args, f"alexnet-{data.name}", comm)
+    run = Run(folder, vars(args), active=comm.rank == 0)
+    parts = dict(model=model, optimizer=optimizer, ema=ema, stopping=stopping)
+    keeper = Keeper(folder / "checkpoints", comm, vars(args), args.keep, **parts)
+    position = (keeper.load() if args.resume else None) or Position()
+    run.load_history(until=position.epoch)
+    profile = common.StepProfile(model, args.profile, folder, comm)
+    if comm.rank == 0:
+        print(data.notice)
+        print(f"AlexNet, {sum(p.size for p in model.parameters()):,} parameters, into {folder}", flush=True)
+        if position.step:
+            print(f"resuming in epoch {position.epoch + 1}, after {position.step} steps", flush=True)
+
+    with parallel.StopRequest(announce=comm.rank == 0) as stop:
+        for epoch in range(position.epoch, args.epochs):
+            start, waiting = time.perf_counter() - position.seconds, averager.seconds
+            label = f"epoch {epoch + 1}/{args.epochs}"
+            with Progress(len(train_batches), label, active=comm.rank == 0, done=position.batch) as bar:
+                for batch in train_batches.epoch(epoch, start=position.batch):
+                    lr = learning_rate(position.step)
+                    result = train_step(
+                        model,
+                        batch,
+                        optimizer,
+                        lr,
+                        averager,
+                        label_smoothing=args.label_smoothing,
+                        clip=args.clip,
+                        stop=stop.requested,
+                    )
+                    if ema:
+                        ema.update()
+                    position.advance(result.loss, result.correct, result.samples, time.perf_counter() - start)
+                    bar.update(position.batch, loss=position.mean_loss, accuracy=position.accuracy, rate=position.rate)
+                    profile.tick()
+                    if result.stop:
+                        keeper.save(position)
+                        common.say_how_to_resume(position, comm)
+                        run.finish({"status": "stopped", "step": position.step})
+                        return stop.exit_code
+
+            parallel.average_buffers(model.named_buffers(), comm)
+            with ema.applied() if ema else nullcontext():
+                val = evaluate(model, val_batches.epoch(0), len(data.classes), comm) if val_batches else None
+                test = evaluate(model, test_batches.epoch(0), len(data.classes), comm)
+            # The test set is looked at, and nothing is chosen by it.
+            enough = stopping.step(val.accuracy) if val else False
+            run.epoch(
+                epoch + 1,
+                position.step,
+                loss=position.mean_loss,
+                train_accuracy=position.accuracy,
+                val_loss=val and val.loss,
+                val_accuracy=val and val.accuracy,
+                test_loss=test.loss,
+                test_accuracy=test.accuracy,
+                images_per_second=position.rate,
+                communication=(averager.seconds - waiting) / position.seconds,
+                lr=lr,
+                memory=sum(comm.all_gather_object(peak_memory())),
+                seconds=position.seconds,
+            )
+            position.next_epoch()
+            keeper.save(position, best=bool(val) and stopping.waited == 0)
+            if enough:
+                break
+
+    profile.close()
+    if args.patience:
+        keeper.load_best()
+    with ema.applied() if ema else nullcontext():
+        test = evaluate(model, test_batches.epoch(0), len(data.classes), comm)
+    report(test, data, run, comm)
+    return 0
 
 
-def main(args, comm):
-    data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, limit=args.train_images)
+def report(test, data, run, comm):
+    """Print the figures of the trained network, and write all of them to result.json."""
+    if comm.rank:
+        return
+    metrics = Metrics.of(test.confusion)
+    images = int(test.confusion.sum())
+    training = sum(row["seconds"] for row in run.history)
+    print(f"\n{images:,} test images of {data.name}: {metrics}")
+    print_confusion(test.confusion, data.classes)
+    print(f"training {duration(training)}, prediction {duration(test.seconds)} ({images / test.seconds:,.0f} images/s)")
+    run.finish(
+        {
+            "data": data.notice,
+            "seed": run.config["seed"],
+            "ranks": comm.size,
+            "test": {
+                "loss": test.loss,
+                "accuracy": metrics.accuracy,
+                "precision": metrics.precision,
+                "recall": metrics.recall,
+                "f1": metrics.f1,
+                "confusion": test.confusion,
+            },
+            "training_seconds": training,
+            "prediction_seconds": test.seconds,
+            "variants": variants_that_ran(),
+            "machine": machine_facts(),
+        }
+    )
+    print(f"all figures: {run.folder / 'result.json'}, curves: {run.folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    args = arguments()
+    comm = parallel.connect()
+    with common.plain_errors(comm):
+        status = train(args, comm)
+    sys.exit(status)

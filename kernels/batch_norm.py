@@ -1,8 +1,8 @@
 """Batch norm in four passes, two forward and two backward: statistics, then one multiply-add an element.
 
-Each pass reads what it needs once. What happens between the passes concerns (C,) numbers and is calculus, which lives in
-functional/norm.py. Sums over a batch are long (128 x 32 x 32 rows): they are added up in float64, over blocks of rows
-that the shape alone determines, and the blocks' sums in order; so that the result does not depend on the threads.
+Each pass reads what it needs once. What happens between the passes concerns (C,) numbers and is calculus, which lives
+in functional/norm.py. Sums over a batch are long (128 x 32 x 32 rows): they are added up in float64, over blocks of
+rows that the shape alone determines, and then block by block, so that the result does not depend on the threads.
 """
 
 from __future__ import annotations

@@ -153,6 +153,11 @@ def choices_in_force() -> dict[str, str]:
     return {"policy": _policy, **{s.name: s.value for s in switches.values()}, **_choices}
 
 
+def variants_that_ran() -> dict[str, list[str]]:
+    """For each primitive that was called, the variants that did the work, in the order of its ladder."""
+    return {p.name: [name for name in p.variants if name in p.ran] for p in primitives.values() if p.ran}
+
+
 def use(*policy: str, **choices: str) -> None:
     """Set a policy and choices until further notice: `using()` for scripts. Raises ChoiceError on an unknown name."""
     global _policy, _choices
@@ -247,6 +252,7 @@ class Primitive:
         self.__doc__, self.__name__, self.__module__ = reference.__doc__, reference.__name__, reference.__module__
         self.__wrapped__ = reference
         self.inplace = inplace
+        self.ran: set[str] = set()  # names of the variants that were called: what a result file records
         self.place = _place_of(reference)
         self.count_work: Callable[..., tuple[float, float]] | None = None
         self.variants = {"reference": Variant("reference", reference, None, anything, self.place)}
@@ -308,7 +314,8 @@ class Primitive:
         finally:
             stop = time.perf_counter()
             flops, moved = self.count_work(*args, **kwargs) if self.count_work else (0, 0)
-            active.leave(start, stop, variant=variant.name, flops=flops, bytes=moved)
+            shapes = _describe(args, kwargs)
+            active.leave(start, stop, variant=variant.name, flops=flops, bytes=moved, shapes=shapes)
 
     def __repr__(self) -> str:
         return f"<Primitive {self.name}: {', '.join(self.variants)}>"

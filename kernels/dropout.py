@@ -55,7 +55,7 @@ def _dropout(x, samples, stream, epoch, seed0, seed1, threshold, scale, y, mask)
             _apply(x[i, first:last], words.reshape(-1), threshold, scale, y[i, first:last], mask[i, first:last])
 
 
-@njit(inline="always")
+@njit(inline="always")  # the length of `words` is then a constant, and the loop vector code
 def _draw(first, stream, sample, epoch, seed0, seed1, words):
     """The blocks from `first` on of `random_bits`; a loop without a branch, so that it becomes vector code."""
     for block in range(words.shape[0]):
@@ -69,7 +69,7 @@ def _draw(first, stream, sample, epoch, seed0, seed1, words):
         words[block, 0], words[block, 1], words[block, 2], words[block, 3] = c0, c1, c2, c3
 
 
-@njit(inline="always")
+@njit
 def _apply(x, words, threshold, scale, y, mask):
     zero = x.dtype.type(0)
     for j in range(x.size):

@@ -82,7 +82,7 @@ def sigmoid_numba(x):
     return _map(_sigmoid, x)
 
 
-@njit(cache=True, inline="always", fastmath=FMA)
+@njit(fastmath=FMA, error_model="numpy")  # Python's error model tests each divisor, which costs the vectors
 def _sigmoid_of(x, one):  # `one` has x's dtype: a plain 1 would make float32 float64
     e = exp(-abs(x))
     return (e if x < 0 else one) / (one + e)
@@ -168,7 +168,7 @@ def _phi(x):
         erf = _erf
     else:
         from cupyx.scipy.special import erf
-    return (1 + erf(x * math.sqrt(0.5))) / 2
+    return ((1 + erf(x * math.sqrt(0.5))) / 2).astype(x.dtype, copy=False)
 
 
 @Primitive
@@ -259,11 +259,11 @@ def as_rows(x):
 
 
 def blocks_of_rows(rows, columns):
-    """How many blocks a sum over rows is cut into: by the shape alone, so that it is the same for any number of threads."""
+    """How many blocks a sum over rows is cut into: by the shape alone, so that threads do not change the result."""
     return -(-rows // max(32, 65536 // max(1, columns)))
 
 
-@njit(cache=True, inline="always")
+@njit
 def block_of(rows, blocks, k):
     """The k-th of `blocks` blocks of rows, as (first, last + 1)."""
     length = (rows + blocks - 1) // blocks

@@ -32,7 +32,7 @@ def layer_norm_numba(x, weight, bias, eps):
     return y, mean, rstd
 
 
-@njit(parallel=True, cache=True, fastmath=SUMS)
+@njit(parallel=True, cache=True, fastmath=SUMS, error_model="numpy")
 def _layer_norm(x, weight, bias, eps, y, mean, rstd):
     zero = x.dtype.type(0)
     for r in prange(x.shape[0]):
@@ -79,7 +79,7 @@ def layer_norm_grad_numba(gy, x, mean, rstd, weight):
     return gx, gw, gb
 
 
-@njit(parallel=True, cache=True, fastmath=SUMS)
+@njit(parallel=True, cache=True, fastmath=SUMS, error_model="numpy")
 def _layer_norm_grad(gy, x, mean, rstd, weight, gx, partial):
     one = x.dtype.type(1)
     for b in prange(partial.shape[0]):

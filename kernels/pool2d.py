@@ -13,6 +13,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
 from .im2col import output_shape
+from .vecmath import FMA
 
 ONE = (1, 1)  # dilation
 
@@ -91,14 +92,14 @@ def _max_pool2d(x, y, position, kh, kw, sh, sw, ph, pw):
                         _better(x[image, top + i, left + j], i * kw + j, best, where)
 
 
-@njit(inline="always")
+@njit
 def _first(pixel, k, best, where):
     for c in range(best.size):
         best[c] = pixel[c]
         where[c] = k
 
 
-@njit(inline="always")
+@njit
 def _better(pixel, k, best, where):
     k = np.uint8(k)
     for c in range(best.size):
@@ -134,9 +135,9 @@ def max_pool2d_grad_numba(gy, position, x_shape, kernel, stride, padding):
     return gx
 
 
-@njit(inline="always")
+@njit
 def _windows_over(i, first, end, kernel, stride, count):
-    """The windows [first, end) of `count` along one axis that cover padded pixel i, found from those of a pixel before."""
+    """The windows [first, end) of `count` along an axis that cover padded pixel i, from those of an earlier pixel."""
     while end < count and end * stride <= i:
         end += 1
     while first < end and first * stride + kernel <= i:
@@ -166,13 +167,13 @@ def _max_pool2d_grad(gy, position, gx, kh, kw, sh, sw, ph, pw):
                         _take_more(out, gy[image, p, q], position[image, p, q], k)
 
 
-@njit(inline="always")
+@njit
 def _fill(out, value):
     for c in range(out.size):
         out[c] = value
 
 
-@njit(inline="always")
+@njit
 def _take(out, g, position, k):
     zero = g.dtype.type(0)
     for c in range(out.size):
@@ -180,7 +181,7 @@ def _take(out, g, position, k):
         out[c] = v if position[c] == k else zero
 
 
-@njit(inline="always")
+@njit
 def _take_more(out, g, position, k):
     zero = g.dtype.type(0)
     for c in range(out.size):
@@ -224,23 +225,24 @@ def _avg_pool2d(x, y, kh, kw, sh, sw, ph, pw):
         image, p = row // oh, row % oh
         for q in range(ow):
             out = y[image, p, q]
-            _fill(out, 0)
-            for i in range(max(0, p * sh - ph), min(h, p * sh - ph + kh)):
-                for j in range(max(0, q * sw - pw), min(w, q * sw - pw + kw)):
-                    _add(out, x[image, i, j])
-            _scale(out, share)
+            i0, j0 = max(0, p * sh - ph), max(0, q * sw - pw)
+            _first_share(out, x[image, i0, j0], share)
+            for i in range(i0, min(h, p * sh - ph + kh)):
+                for j in range(j0, min(w, q * sw - pw + kw)):
+                    if i > i0 or j > j0:
+                        _add_share(out, x[image, i, j], share)
 
 
-@njit(inline="always")
-def _add(out, pixel):
+@njit
+def _first_share(out, pixel, share):
     for c in range(out.size):
-        out[c] += pixel[c]
+        out[c] = pixel[c] * share
 
 
-@njit(inline="always")
-def _scale(out, factor):
+@njit(fastmath=FMA)
+def _add_share(out, pixel, share):
     for c in range(out.size):
-        out[c] *= factor
+        out[c] += pixel[c] * share
 
 
 @avg_pool2d.work
@@ -282,11 +284,14 @@ def _avg_pool2d_grad(gy, gx, kh, kw, sh, sw, ph, pw):
         for j in range(w):
             q0, q1 = _windows_over(j + pw, q0, q1, kw, sw, ow)
             out = gx[image, i, j]
-            _fill(out, 0)
+            if p0 >= p1 or q0 >= q1:
+                _fill(out, 0)
             for p in range(p0, p1):
                 for q in range(q0, q1):
-                    _add(out, gy[image, p, q])
-            _scale(out, share)
+                    if p == p0 and q == q0:
+                        _first_share(out, gy[image, p, q], share)
+                    else:
+                        _add_share(out, gy[image, p, q], share)
 
 
 @avg_pool2d_grad.work

@@ -25,6 +25,7 @@ LOCAL_RANKS = (
     "MV2_COMM_WORLD_LOCAL_SIZE",
     "SLURM_STEP_TASKS_PER_NODE",
 )
+CGROUP = Path("/sys/fs/cgroup")
 AVX512_CORES = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS", "ZEN")
 
 notes: list[str] = []  # what configure() found and did, for the line that connect() prints and for `doctor`
@@ -41,7 +42,7 @@ def quota() -> int | None:
     """Processors' worth of time that our cgroup may use (a container's `--cpus`), at least 1; None without a limit."""
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
         try:
-            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
+            words = " ".join((CGROUP / name).read_text() for name in files).split()
             most, period = map(int, words)
         except (OSError, ValueError):  # no such file, or "max"
             continue

@@ -20,7 +20,7 @@ from rich.text import Text
 
 import nanocnn
 
-from . import doctor as machine
+from . import doctor as medic
 from .kernels import dispatch
 
 Run = Callable[[argparse.Namespace], int]
@@ -40,7 +40,7 @@ Every script takes the same --use: a policy (fastest, tuned, reference), then na
 def doctor(parser: argparse.ArgumentParser) -> Run:
     """say what this machine has and what to install for more"""
     parser.add_argument("--json", action="store_true", help="print JSON: ok, findings, facts")
-    return lambda args: machine.report(as_json=args.json)
+    return lambda args: medic.report(as_json=args.json)
 
 
 def switches(parser: argparse.ArgumentParser) -> Run:

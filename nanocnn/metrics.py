@@ -84,7 +84,7 @@ def _ratio(part: Any, whole: Any) -> np.ndarray:
 
 
 def confusion_table(confusion: np.ndarray, names: Sequence[str], most: int = 10) -> Table:
-    """The confusion matrix as a rich table, about 80 columns wide at ten classes, coloured by each cell's share of its row.
+    """The confusion matrix as a rich table, about 80 columns wide at ten classes, coloured by the share of the row.
 
     Of more than `most` classes it shows those with the lowest recall, since nobody reads a table of 100 x 100.
     """

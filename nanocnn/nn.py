@@ -178,8 +178,8 @@ class Linear(Module):
         self, in_features: int, out_features: int, bias: bool = True, *, rng: np.random.Generator | None = None
     ):
         rng = rng or random.generator()
-        self.weight = Parameter(init.torch_default(rng, (in_features, out_features), in_features))
-        self.bias = Parameter(init.torch_default(rng, (out_features,), in_features)) if bias else None
+        self.weight = Parameter(init.kaiming_uniform(rng, (in_features, out_features), in_features))
+        self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, like(self.weight, x), like(self.bias, x))
@@ -207,8 +207,8 @@ class Conv2d(Module):
         kernel = pair("kernel_size", kernel_size, 1)
         fan_in = math.prod(kernel) * in_channels // groups
         shape = (*kernel, in_channels // groups, out_channels)
-        self.weight = Parameter(init.torch_default(rng, shape, fan_in))
-        self.bias = Parameter(init.torch_default(rng, (out_channels,), fan_in)) if bias else None
+        self.weight = Parameter(init.kaiming_uniform(rng, shape, fan_in))
+        self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
         self.geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Profile:
     def __init__(self, model: Any = None):
         self._model = model
         self._names: dict[int, str] = {}
+        self._types: dict[str, str] = {}  # name -> class
         self._kernels: dict[tuple[str, str], _Sum] = {}
         self._forward: dict[str, _Sum] = {}
         self._backward: dict[str, _Sum] = {}
@@ -84,7 +85,9 @@ class Profile:
         if dispatch.recorder is not None:
             raise RuntimeError("a profile records already: end it before you begin another")
         if self._model is not None:
-            self._names = {id(m): name or type(m).__name__ for name, m in self._model.named_modules()}
+            modules = list(self._model.named_modules())
+            self._names = {id(m): name or type(m).__name__ for name, m in modules}
+            self._types = {self._names[id(m)]: type(m).__name__ for _, m in modules}
         self._thread = threading.get_ident()
         self._stacks = {}
         self._began = time.perf_counter()
@@ -162,7 +165,7 @@ class Profile:
         """The tables as plain data: `wall_ms`, `gflops_per_s` and lists of dicts `kernels`, `layers`, `kinds`.
 
         Times are self times in ms; `total_ms` holds the nested kernels too, and the rates are work / `total_ms`.
-        `share` is of the wall time; the rows of `kernels` and of `kinds` end with what is left of it.
+        `share` is of the wall time. The last of `kinds`, `other`, is what no span of a kind has covered.
         """
         wall = self.seconds
         kernels: list[dict[str, Any]] = [
@@ -178,7 +181,8 @@ class Profile:
             if f.total_s or b.total_s:
                 seconds = f.self_s + b.self_s
                 layers.append(
-                    dict(name=name, calls=f.calls, forward_ms=f.self_s * 1e3, backward_ms=b.self_s * 1e3)
+                    dict(name=name, type=self._types.get(name, ""), calls=f.calls)
+                    | dict(forward_ms=f.self_s * 1e3, backward_ms=b.self_s * 1e3)
                     | dict(gflops_per_s=_rate(f.flops + b.flops, seconds), share=_share(seconds, wall))
                 )
         kinds: list[dict[str, Any]] = []
@@ -187,7 +191,8 @@ class Profile:
             s = self._phases.get(kind, _Sum())
             kinds.append(dict(name=kind, ms=s.self_s * 1e3, gflops_per_s=_rate(s.flops, s.self_s)))
         rest = wall - sum(self._phases[k].self_s for k in ordered if k in self._phases)
-        kinds.append(dict(name="other", ms=rest * 1e3, gflops_per_s=0.0))
+        other = self._phases.get("other", _Sum())  # primitives called outside every span
+        kinds.append(dict(name="other", ms=rest * 1e3, gflops_per_s=_rate(other.flops, rest)))
         for row in kinds:
             row["share"] = _share(row["ms"] / 1e3, wall)
         rate = _rate(self._flops, wall)
@@ -210,11 +215,11 @@ class Profile:
         kernels.add_section()
         kernels.add_row("wall time", "", _number(wall), _number(rows["gflops_per_s"]), "", _percent(1.0))
 
-        layers = _table("By layer", "layer", "calls", "forward ms", "backward ms", "GFLOP/s", "share")
+        layers = _table("By layer", "layer", "type", "calls", "forward ms", "backward ms", "GFLOP/s", "share")
         for r in rows["layers"]:
             times = _number(r["forward_ms"]), _number(r["backward_ms"])
             calls = str(r["calls"]) if r["calls"] else ""
-            layers.add_row(r["name"], calls, *times, _number(r["gflops_per_s"]), _percent(r["share"]))
+            layers.add_row(r["name"], r["type"], calls, *times, _number(r["gflops_per_s"]), _percent(r["share"]))
 
         kinds = _table("By kind", "kind", "ms", "GFLOP/s", "share")
         for r in rows["kinds"]:
@@ -335,7 +340,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     table.add_column(first, overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "type" else "right", no_wrap=True)
     return table
 
 

@@ -5,6 +5,7 @@ Under mpiexec the output is a pipe and not a terminal, so there are plain lines,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -20,9 +21,15 @@ EPOCH_FORMATS = {
     "test_accuracy": "test {:5.1%}",
     "images_per_second": "{:,.0f} images/s",
     "communication": "comm {:.1%}",
-    "lr": "lr {:.3g}",
+    "lr": "lr {:<8.3g}",
 }
 STEP_FORMATS = {"loss": "loss {:.4f}", "accuracy": "train {:5.1%}", "rate": "{:,.0f} images/s"}
+
+
+def say(line: str) -> None:
+    """Print and flush; a log on a full disk, or a reader that has gone, costs the line and not the training."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -107,7 +114,7 @@ class Progress:
         self._last = now
         left = (now - self._start) / max(1, step - self.done) * (self.total - step)
         words = [self.label, f"step {step}/{self.total}", *_figures(figures, STEP_FORMATS), f"ETA {duration(left)}"]
-        print("  ".join(filter(None, words)), flush=True)
+        say("  ".join(filter(None, words)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,8 +1,8 @@
 """The seed, the generator that weights are drawn from, and what keys dropout.
 
 A mask is a function of (seed, epoch, sample, stream) and of nothing else: `keyed()` says which epoch it is and which
-samples the rows of this batch are, and `stream` counts the dropout calls of a forward pass. So a mask depends neither on
-the number of ranks nor on what was drawn before.
+samples the rows of this batch are, and `stream` counts the dropout calls of a forward pass. So a mask depends neither
+on the number of ranks nor on what was drawn before.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def next_key(rows: int) -> Key:
 
 
 def state_dict() -> dict[str, int]:
-    """What a checkpoint keeps so that dropout goes on as it would have: the seed, and how many masks were drawn unkeyed."""
+    """What a checkpoint keeps so that dropout goes on as it would have: seed, and masks drawn outside keyed()."""
     return {"seed": _seed, "drawn": _drawn}
 
 

@@ -19,14 +19,14 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .kernels.dispatch import choices_in_force
-from .progress import Progress, duration, epoch_line
+from .progress import Progress, duration, epoch_line, say
 
 __all__ = ["Progress", "RecordError", "Run", "peak_memory"]
 
@@ -62,7 +62,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.name = self.folder.resolve().name
         self._warned: set[str] = set()
-        self._started, self._drawing = time.monotonic(), 0.0
+        self._started, self._drawing = time.monotonic(), 1.0  # about what the first picture will cost, with the import
         self._events = self.folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._tensorboard = importlib.util.find_spec("tensorboard") is not None
         if active:
@@ -71,20 +71,19 @@ class Run:
     def load_history(self, until: int | None = None) -> list[dict[str, Any]]:
         """Take up the rows of metrics.csv (up to epoch `until`), as a resumed run does first; empty if not active.
 
-        A damaged file costs the old rows and a warning, never the run.
+        A damaged file costs the rows from the damage on and a warning, never the run.
         """
+        self.history = []
         path = self.folder / "metrics.csv"
         if self.active and path.exists():
             try:
-                rows = [
-                    {k: _number(v) for k, v in row.items() if v}
-                    for row in csv.DictReader(io.StringIO(path.read_text()))
-                ]
-                self.history = [
-                    row for row in rows if int(row["step"]) >= 0 and (until is None or row["epoch"] <= until)
-                ]
+                for values in csv.DictReader(io.StringIO(path.read_text())):
+                    row: dict[str, Any] = {name: _number(value) for name, value in values.items() if value}
+                    row |= {"epoch": int(values["epoch"]), "step": int(values["step"])}
+                    if until is None or row["epoch"] <= until:
+                        self.history.append(row)
             except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-                self._warn(path, f"the figures of earlier epochs cannot be read ({type(error).__name__}: {error})")
+                self._warn(path, f"some figures of earlier epochs cannot be read ({type(error).__name__}: {error})")
         return self.history
 
     def epoch(self, epoch: int, step: int, **figures: Any) -> None:
@@ -97,14 +96,12 @@ class Run:
         if not self.active:
             return
         row = {"epoch": epoch, "step": step, "memory": peak_memory(), **figures}
-        row = {
-            name: value.item() if hasattr(value, "item") else value for name, value in row.items() if value is not None
-        }
+        row = {k: v.item() if hasattr(v, "item") else v for k, v in row.items() if v is not None}
         # An epoch that is trained again after a resume replaces what was written of it and of those after it.
         self.history = [old for old in self.history if old["epoch"] < epoch]
         resumed_at = self.history[-1]["step"] + 1 if self.history else 0
         self.history.append(row)
-        print(epoch_line(row, self.config.get("epochs")), flush=True)
+        say(epoch_line(row, self.config.get("epochs")))
         self._try(self.folder / "metrics.csv", lambda path: _replace(path, _csv(self.history)))
         if self._tensorboard:
             self._try(self._events, lambda path: _add_events(path, row, resumed_at))
@@ -122,9 +119,11 @@ class Run:
             return
         if self.history:
             self._draw()
-        events = self._events.name if self._tensorboard else "none: pip install tensorboard"
-        whole = {"name": self.name, "status": "finished", "config": self.config, "choices": choices_in_force()}
-        whole |= {**(result or {}), "tensorboard": events, "history": self.history}
+        events = self._events.name if self._events.exists() else None
+        if not self._tensorboard:
+            events = "not installed: pip install tensorboard"
+        whole: dict[str, Any] = {"name": self.name, "status": "finished", "config": self.config}
+        whole |= {"choices": choices_in_force(), **(result or {}), "tensorboard": events, "history": self.history}
         path = self.folder / "result.json"
         try:
             _replace(path, (json.dumps(_plain(whole), indent=1, allow_nan=False) + "\n").encode())
@@ -175,7 +174,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:
-    columns = dict.fromkeys(name for row in rows for name in row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -195,7 +194,9 @@ def _number(text: str) -> int | float | str:
 def _plain(value: Any) -> Any:
     """The same in what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = vars(value)
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):  # a NamedTuple
+        value = value._asdict()
     if hasattr(value, "tolist"):  # NumPy's arrays and numbers
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -248,47 +249,51 @@ COLOURS = {"train": "#3b6fb6", "val": "#e08a1e", "test": "#2f9e6e"}
 def draw_curves(history: list[dict[str, Any]], name: str) -> bytes:
     """A PNG of loss, accuracy, learning rate and images/s by epoch, titled with the run's name and last figures."""
     from matplotlib.figure import Figure  # not pyplot: no window, no state
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     def column(key: str) -> np.ndarray:
         return np.array([row.get(key, math.nan) for row in history], float)
 
-    figure = Figure(figsize=(11, 6.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 6.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     panels = figure.subplots(2, 2, height_ratios=(5, 2))
     epochs = column("epoch")
     style = dict(linewidth=2, marker="o", markersize=3.5 if len(history) <= 40 else 0, solid_capstyle="round")
 
-    def plot(panel: Any, title: str, curves: dict[str, tuple[str, str]], text: str) -> None:
-        """`curves`: label -> (column, colour); `text` formats the last value, which goes into the legend."""
-        for label, (key, colour) in curves.items():
+    def plot(panel: Any, title: str, text: str, curves: dict[str, str], colours: Iterable[str]) -> None:
+        """`curves`: column -> label; `text` formats the last value, which goes into the legend or the title."""
+        for (key, label), colour in zip(curves.items(), colours, strict=True):
             y = column(key)
             if np.isfinite(y).any():
-                panel.plot(epochs, y, color=colour, label=f"{label} {text.format(y[-1])}".strip(), **style)
+                panel.plot(epochs, y, color=colour, label=f"{label} {text.format(y[-1])}", **style)
+                if not label:
+                    title += f": {text.format(y[-1])}"
         panel.set_title(title, loc="left", fontsize=11, color="0.25")
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color("0.7")
         panel.tick_params(colors="0.35", labelsize=9)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        if panel.lines:
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
+        panel.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        if panel.lines and all(curves.values()):
             panel.legend(frameon=False, fontsize=10, loc="best")
 
     loss, accuracy, rate, speed = panels.flat
-    parts = COLOURS.items()
-    plot(loss, "loss", {part: ("loss" if part == "train" else f"{part}_loss", c) for part, c in parts}, "{:.3f}")
-    plot(accuracy, "accuracy", {part: (f"{part}_accuracy", c) for part, c in parts}, "{:.1%}")
-    plot(rate, "learning rate", {"": ("lr", "#7a5aa6")}, "{:.3g}")
-    plot(speed, "images/s", {"": ("images_per_second", "#5b6770")}, "{:,.0f}")
+    colours = COLOURS.values()
+    plot(loss, "loss", "{:.3f}", {"loss": "train", "val_loss": "val", "test_loss": "test"}, colours)
+    plot(accuracy, "accuracy", "{:.1%}", {f"{part}_accuracy": part for part in COLOURS}, colours)
+    plot(rate, "learning rate", "{:.3g}", {"lr": ""}, ["#7a5aa6"])
+    plot(speed, "images/s", "{:,.0f}", {"images_per_second": ""}, ["#5b6770"])
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, speed.get_ylim()[1] * 1.1)
     for panel in rate, speed:
         panel.set_xlabel("epoch", color="0.35", fontsize=9)
 
     last, seconds = history[-1], np.nansum(column("seconds"))
-    figures = [f"{last[key]:.1%} {part}" for part in COLOURS if (key := f"{part}_accuracy") in last]
+    figures = [f"{part} {last[key]:.1%}" for part in COLOURS if (key := f"{part}_accuracy") in last]
     title = [f"epoch {last['epoch']}", *figures, *([duration(seconds)] if seconds else [])]
-    figure.suptitle(f"{name}:  {',  '.join(title)}", fontsize=14, x=0.02, ha="left")
+    figure.suptitle(f"{name}:  {',  '.join(title)}", fontsize=14, x=0.02, ha="left", parse_math=False)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nanocnn import doctor
-from nanocnn.doctor import findings, healthy, machine_facts, mpi_family, report, show
+from nanocnn import doctor, machine
+from nanocnn.doctor import findings, healthy, report, show
+from nanocnn.machine import machine_facts, mpi_family
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,7 @@ def facts(here):
     facts["mpi"].update(mpiexec_family="MPICH", library_family="MPICH")
     facts["gpu"] = dict(cuda="13.0", names=["NVIDIA H200"], cupy="14.2.0", cupy_works=True, cupy_error=None)
     facts["disk"] = dict(folder="/home/me", free=100 << 30, writable=True)
-    facts["data"] = {"CIFAR-10": ["data/cifar-10-batches-py"]}
+    facts["data"] = dict(cifar10="data/cifar-10-batches-py", mnist=None, error=None)
     return facts
 
 
@@ -68,7 +69,7 @@ def test_facts_are_cheap():
 
 def test_looking_loads_no_mpi_and_no_cuda():
     """To import mpi4py.MPI is to initialise it, which a run without mpiexec must not do; nor may it hold a GPU."""
-    code = "import sys; from nanocnn.doctor import machine_facts; facts = machine_facts(probe=True)\n"
+    code = "import sys; from nanocnn.machine import machine_facts; facts = machine_facts(probe=True)\n"
     code += "assert not {'mpi4py', 'mpi4py.MPI', 'cupy', 'torch'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -135,7 +136,8 @@ def test_a_machine_on_which_all_is_well(facts):
         ("TensorBoard", {"versions": {"tensorboard": None}}, "missing", "install tensorboard"),
         ("disk", {"disk": {"writable": False}}, "broken", "nothing can be written"),
         ("disk", {"disk": {"free": 50 << 20}}, "broken", "du -sh runs"),
-        ("data", {"data": {}}, "missing", "python data/prepare.py cifar10"),
+        ("data", {"data": {"cifar10": None}}, "missing", "python data/prepare.py cifar10"),
+        ("data", {"data": {"error": "gone: no such file or folder"}}, "broken", "unset NANOCNN_DATA"),
     ],
 )
 def test_each_lack_is_named_with_what_to_do(facts, area, changes, state, advice):
@@ -160,7 +162,7 @@ def test_unknown_is_no_error(facts):
 
 
 def test_files_that_are_not_there_give_unknowns(monkeypatch):
-    monkeypatch.setattr(doctor, "_read", lambda path: "")
+    monkeypatch.setattr(machine, "_read", lambda path: "")
     facts = machine_facts()
     assert facts["memory"]["total"] is None
     assert facts["processor"]["simd"] == []
@@ -190,41 +192,37 @@ def test_a_program_that_hangs_or_is_not_there_is_no_answer(monkeypatch, tmp_path
         (tmp_path / name).write_text(f"#!/bin/sh\nexec {text}\n" if name == "mpiexec" else f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.3)
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
-    answers = doctor._ask(True)
+    monkeypatch.setattr(machine, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(machine, "_version", lambda package: None)
+    answers = machine._ask(True)
     assert answers == {"mpiexec": (1, "no answer within 0 s"), "nvidia-smi": (0, "NVIDIA H200\n")}
-    assert doctor._gpu(answers)["names"] == ["NVIDIA H200"]
+    assert machine._gpu(answers)["names"] == ["NVIDIA H200"]
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert doctor._ask(True) == {}
+    assert machine._ask(True) == {}
 
 
 def test_writable_is_found_by_writing(tmp_path):
-    assert doctor._writable(tmp_path)
-    assert doctor._writable(tmp_path / "not" / "yet" / "there")
+    assert machine._writable(tmp_path)
+    assert machine._writable(tmp_path / "not" / "yet" / "there")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    assert not doctor._writable(tmp_path / "file" / "below")
+    assert not machine._writable(tmp_path / "file" / "below")
 
 
 def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "below"))
-    assert doctor._cache_folder() == (tmp_path / "file" / "below", False)
+    assert machine._cache_folder() == (tmp_path / "file" / "below", False)
 
 
 def test_data_sets_are_found_where_training_looks(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NANOCNN_DATA", raising=False)
-    assert doctor._data() == {}
-    (tmp_path / "data" / "cifar-10-batches-bin").mkdir(parents=True)
-    (tmp_path / "else").mkdir()
-    (tmp_path / "else" / "train-images-idx3-ubyte.gz").write_bytes(b"")
-    monkeypatch.setenv("NANOCNN_DATA", str(tmp_path / "else"))
-    assert doctor._data() == {
-        "CIFAR-10": ["data/cifar-10-batches-bin"],
-        "MNIST": [str(tmp_path / "else" / "train-images-idx3-ubyte.gz")],
-    }
+    monkeypatch.setenv("NANOCNN_DATA", str(tmp_path))
+    assert machine._data() == dict(cifar10=None, mnist=None, error=None)
+    (tmp_path / "cifar10.h5").write_bytes(b"")
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"")
+    assert machine._data() == dict(cifar10=str(tmp_path / "cifar10.h5"), mnist=str(tmp_path), error=None)
+    monkeypatch.setenv("NANOCNN_DATA", str(tmp_path / "gone"))
+    assert "gone: no such file or folder ($NANOCNN_DATA)" in machine._data()["error"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +249,7 @@ def test_the_report_and_its_exit_status(monkeypatch, capsys, facts):
 
 def test_commands_are_on_lines_of_their_own_to_be_copied(facts):
     facts["versions"].update(openmpi="5.0.8")
-    facts["data"] = {}
+    facts["data"]["cifar10"] = None
     console = Console(width=60, file=io.StringIO())
     show(findings(facts), console)
     lines = console.file.getvalue().splitlines()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import threading
 import time
 
@@ -148,6 +149,7 @@ def test_time_by_kind_adds_up_to_the_step(clock, kernels):
     assert sum(r["ms"] for r in rows["kinds"]) == pytest.approx(rows["wall_ms"])
     assert sum(r["share"] for r in rows["kinds"]) == pytest.approx(1)
     assert kinds["forward"]["gflops_per_s"] == pytest.approx(4 / 0.055)
+    assert kinds["other"]["gflops_per_s"] == pytest.approx(3 / 0.034)
 
 
 def test_a_new_kind_has_a_row_of_its_own(clock):
@@ -180,6 +182,7 @@ def test_layers_forward_and_backward(clock, kernels):
         assert row["backward_ms"] == pytest.approx(31)
         assert row["gflops_per_s"] == pytest.approx((4 + 3) / 0.081)
     assert layers["head"]["calls"] == 1
+    assert (layers["head"]["type"], layers[OUTSIDE]["type"]) == ("Toy", "")
     assert layers[OUTSIDE]["calls"] == 0
     assert sum(r["share"] for r in rows["layers"]) == pytest.approx(1)
 
@@ -304,7 +307,8 @@ def test_chrome_trace(tmp_path, clock, kernels):
 
 
 def test_the_timeline_stops_growing_and_the_tables_do_not(monkeypatch, tmp_path, kernels):
-    monkeypatch.setattr("nanocnn.profile.TRACE_LIMIT", 4)
+    module = sys.modules[Profile.__module__]  # nanocnn.profile the name is the class, in nanocnn itself
+    monkeypatch.setattr(module, "TRACE_LIMIT", 4)
     with profile() as p:
         for _ in range(10):
             kernels[1](x)

@@ -12,12 +12,13 @@ and max, which every machine rounds alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ..kernels.random import random_bits, uniform
-from .datasets import Raw, dataset
+from .datasets import Part, Raw, dataset
 
 SIZE = 32  # pixels, height and width, as CIFAR-10's: the same networks take both
 TRAIN, TEST = 10_000, 2_000  # enough for AlexNet to pass 95 %, few enough that a first run takes about a minute
@@ -26,6 +27,14 @@ STREAMS = {"train": 0x5A0, "test": 0x5A1}  # of the random bits, so that no test
 CHUNK = 128  # images at a time: a plane of them is 512 KB and stays in the cache
 
 Plane = np.ndarray  # (n, SIZE, SIZE) float32
+
+
+@dataset("shapes")
+def shapes(folders: Sequence[Path], train_size: int | None = None, test_size: int | None = None) -> Raw:
+    """As many images as are asked for; nothing is looked up in `folders`."""
+    train = make_shapes(TRAIN if train_size is None else train_size, split="train")
+    test = make_shapes(TEST if test_size is None else test_size, split="test")
+    return Raw(Part(*train), Part(*test), CLASSES, "the built-in generator")
 
 
 # ------------------------------------------------------------------ the ten, each about as large as the unit circle
@@ -70,9 +79,9 @@ def crescent(x: Plane, y: Plane) -> Plane:
 
 def heart(x: Plane, y: Plane) -> Plane:
     """A square on its corner and a half circle on each of its two upper sides."""
-    x, y = abs(x), y + 0.25
-    side, height = x - 0.5, y - 0.5
-    return np.minimum(0.7071 * (x + abs(y) - 1), np.sqrt(side * side + height * height) - 0.7071)
+    x, y = abs(x), y + 0.2
+    side, height = x - 0.42, y - 0.42
+    return np.minimum(0.7071 * (x + abs(y) - 0.84), np.sqrt(side * side + height * height) - 0.594)
 
 
 def arrow(x: Plane, y: Plane) -> Plane:
@@ -84,7 +93,7 @@ def arrow(x: Plane, y: Plane) -> Plane:
 
 def hourglass(x: Plane, y: Plane) -> Plane:
     x, y = abs(x), abs(y)
-    return np.maximum(y - 0.9, 0.7809 * (x - 0.05) - 0.6247 * y)
+    return np.maximum(y - 0.95, 0.7809 * (x - 0.05) - 0.6247 * y)
 
 
 SHAPES: tuple[Callable[[Plane, Plane], Plane], ...] = (

@@ -117,7 +117,7 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Any, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-    """(N, C), integers (N,) -> the mean of -sum(t log_softmax(logits)) over the batch, or its "sum", or (N,) for "none".
+    """(N, C), integers (N,) -> the mean of -sum(t log_softmax(logits)) over the batch, its "sum", or (N,) for "none".
 
     The target t is 1 - label_smoothing at the label, plus label_smoothing / C everywhere (Szegedy et al. 2016). A NaN
     in a row makes its loss NaN. An empty batch has the sum 0. Raises ValueError on labels that are not integers, not

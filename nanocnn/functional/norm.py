@@ -15,7 +15,7 @@ class BatchNorm(Op):
     """y = (x - mean) rstd weight + bias, rstd = 1 / sqrt(var + eps), over all axes but the last (M rows).
 
     With h = (x - mean) rstd: gb = sum(gy), gw = sum(gy h), and in training, where mean and var depend on x,
-    gx = weight rstd (gy - gb / M - h gw / M) (Ioffe & Szegedy 2015, section 3). In evaluation the last two terms vanish.
+    gx = weight rstd (gy - gb / M - h gw / M) (Ioffe & Szegedy 2015, section 3). In evaluation the latter two vanish.
     """
 
     def forward(self, x, weight, bias, *, running_mean, running_var, training, momentum, eps):
@@ -82,8 +82,8 @@ def batch_norm(
 
     In training by the batch's mean and variance, and the raw arrays `running_mean` and `running_var` are updated in
     place: running = (1 - momentum) running + momentum batch, the variance unbiased, as in PyTorch. In evaluation by
-    the running ones. An empty batch changes nothing. Raises ValueError on shapes that do not fit, and in training on one
-    row, whose variance nobody knows.
+    the running ones. An empty batch changes nothing. Raises ValueError on shapes that do not fit, and in training on
+    one row, whose variance nobody knows.
     """
     if x.ndim not in (2, 4):
         raise ValueError(f"batch_norm of shape {x.shape}: expected (N, C) or (N, H, W, C)")

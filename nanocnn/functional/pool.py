@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..kernels import pool2d as kernels
 from ..kernels.dispatch import xp_of
 from ..tensor import Op, Tensor
+from .basic import reshape
 from .geometry import Pair, pair
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # kernel, stride, padding
@@ -107,4 +108,4 @@ def adaptive_avg_pool2d(x: Tensor, output_size: Pair) -> Tensor:
 
 def global_avg_pool2d(x: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, C): the mean of each channel of each image."""
-    return adaptive_avg_pool2d(x, 1).reshape(x.shape[0], x.shape[3])
+    return reshape(adaptive_avg_pool2d(x, 1), x.shape[0], x.shape[3])

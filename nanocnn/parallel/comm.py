@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Comm:
         """Rank `root`'s value. Any object that pickles; meant for small ones."""
         raise NotImplementedError
 
-    def abort(self, code: int = 1) -> None:
+    def abort(self, code: int = 1) -> NoReturn:
         """End all ranks at once with status `code`: no `finally` runs, nothing is saved."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class Alone(Comm):
         check_root(root, 1)
         return value
 
-    def abort(self, code: int = 1) -> None:
+    def abort(self, code: int = 1) -> NoReturn:
         flush()
         os._exit(code)
 

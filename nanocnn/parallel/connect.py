@@ -8,7 +8,7 @@ from typing import Any
 
 from .comm import Alone, Comm
 from .failure import install_hooks
-from .launcher import Launch, launched
+from .launcher import OPEN_MPI, Launch, launched
 from .mpi import MPI, library
 
 
@@ -42,13 +42,21 @@ def connect(quiet: bool = False) -> Comm:
 def _import_mpi(launch: Launch) -> Any:
     who = f"this process was started by {launch.by}" + (f" as one of {launch.size}" if launch.size else "")
     try:
+        import mpi4py
+
+        if "mpi4py.MPI" not in sys.modules:  # else it is running already
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # we start it, mpi4py ends it
         from mpi4py import MPI as mpi
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is an mpi4py, but no MPI library
         raise ConnectError(
             f"{who}, but MPI cannot be used: {error}. Install it with pip install 'nanocnn[mpi]' (on a cluster, "
             "mpi4py alone for the cluster's own MPI), or run without a launcher"
         ) from None
-    if (launch.size or 1) > 1 and mpi.COMM_WORLD.size == 1:
+    # MPICH, started by Open MPI's launcher, would end the process in MPI_Init; the other way round, each rank is alone.
+    strange = launch.by == OPEN_MPI and "Open MPI" not in mpi.Get_library_version()
+    if not strange and not mpi.Is_initialized():
+        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    if strange or ((launch.size or 1) > 1 and mpi.COMM_WORLD.size == 1):
         beside = Path(sys.executable).parent / "mpiexec"
         raise ConnectError(
             f"{who}, but finds itself alone in MPI: the launcher belongs to another MPI than mpi4py's {library(mpi)}. "

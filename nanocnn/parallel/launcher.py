@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+OPEN_MPI = "Open MPI's mpiexec"
 # (launcher, variable with the number of ranks, variable with ours)
 LAUNCHERS = (
     ("mpiexec (PMI)", "PMI_SIZE", "PMI_RANK"),
-    ("Open MPI's mpiexec", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    (OPEN_MPI, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MVAPICH's launcher", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
 

@@ -10,15 +10,17 @@ from typing import Any
 
 from .comm import Comm
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TWICE = 0.5  # seconds within which a second signal is the same one: a shell and a launcher may both deliver it
 
 
 class StopRequest:
     """Inside `with StopRequest() as stop:` a signal only raises a flag: `requested` here, `agreed()` on all ranks.
 
-    Under mpiexec a signal sent to the launcher reaches every rank (MPICH's forwards SIGINT and SIGTERM and sets no time
-    limit), one sent to a rank reaches that rank alone; `agreed()` makes it the same step on all. A second Ctrl-C raises
-    KeyboardInterrupt at once. To be made in the main thread.
+    Heeds SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (what batch systems are told to send before the time is up). Sent to a
+    rank, a signal reaches that rank alone, and `agreed()` makes it the same step on all. Sent to MPICH's mpiexec,
+    SIGINT and SIGTERM reach all ranks, without a time limit; Open MPI's kills the ranks 0.2 s after either, but
+    forwards SIGUSR1. A second Ctrl-C raises KeyboardInterrupt at once. To be entered in the main thread.
     """
 
     def __init__(self, announce: bool = True):
@@ -28,7 +30,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -44,7 +46,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The shell's status for a process that a signal ended: 130 after Ctrl-C, else 143."""
+        """A shell's status of a process that a signal ended: 130 after Ctrl-C, 143 where only another rank got one."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def agreed(self, comm: Comm) -> bool:

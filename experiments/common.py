@@ -1,0 +1,282 @@
+"""What every training script shares: its options, and what is made from them. The loop is the script's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nanocnn as nc
+from nanocnn.checkpoint import CheckpointError
+from nanocnn.data import Augment, DataError, DataSet
+from nanocnn.kernels.dispatch import ChoiceError, parse_use
+from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
+from nanocnn.parallel import Comm
+from nanocnn.profile import Profile, merge_traces
+from nanocnn.record import RecordError
+from nanocnn.resume import Position
+from nanocnn.schedules import SCHEDULES
+from nanocnn.train import NonFiniteLoss
+
+
+def training_parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the options of data, optimisation, run and engine; a script adds those of its model."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=_TeachingFormatter, allow_abbrev=False
+    )
+    _add_data(parser.add_argument_group("data"))
+    _add_optimisation(parser.add_argument_group("optimisation"))
+    _add_run(parser.add_argument_group("run"))
+    _add_engine(parser.add_argument_group("engine"))
+    return parser
+
+
+class _TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each help text; the examples of the epilog as they were written."""
+
+
+def _add_data(group) -> None:
+    group.add_argument(
+        "--data",
+        default="auto",
+        help="cifar10, mnist, shapes (built in), or auto: CIFAR-10 if it is found, else shapes",
+    )
+    group.add_argument("--data-dir", help="where the files are; else $NANOCNN_DATA, else data/")
+    group.add_argument(
+        "--val", type=fraction, default=0.1, metavar="SHARE", help="share of the training set to select by"
+    )
+    group.add_argument("--train-images", type=count, metavar="N", help="train on the first N images only")
+    group.add_argument("--no-augment", action="store_true", help="no random crops, flips and cutout")
+    group.add_argument(
+        "--crop-padding", type=natural, default=4, metavar="PX", help="random crop out of an image padded so"
+    )
+    group.add_argument("--no-flip", action="store_true", help="no horizontal flips (digits are never flipped)")
+    group.add_argument(
+        "--cutout", type=natural, default=0, metavar="PX", help="side of the square that is blanked; 0 is none"
+    )
+
+
+def _add_optimisation(group) -> None:
+    group.add_argument("--epochs", type=count, default=20, help="passes over the training set")
+    group.add_argument("--batch-size", type=count, default=128, help="images a step, over all ranks together")
+    group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="update rule")
+    group.add_argument("--lr", type=positive, default=0.03, help="peak learning rate")
+    group.add_argument("--momentum", type=natural_real, default=0.9, help="of SGD (Nesterov's) and LARS")
+    group.add_argument("--weight-decay", type=natural_real, default=5e-4, help="of weights; biases and norms have none")
+    group.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine", help="learning rate over the steps")
+    group.add_argument("--warmup-epochs", type=natural_real, default=1.0, metavar="E", help="linear warm-up from 0")
+    group.add_argument(
+        "--label-smoothing", type=fraction, default=0.0, metavar="S", help="probability spread over the classes"
+    )
+    group.add_argument("--clip", type=positive, metavar="NORM", help="largest norm of the whole gradient")
+    group.add_argument("--ema", type=fraction, metavar="DECAY", help="evaluate an average of the weights, 0.999 say")
+    group.add_argument("--patience", type=count, metavar="E", help="stop after E epochs without a better validation")
+
+
+def _add_run(group) -> None:
+    group.add_argument("--name", help="the run's folder under --runs; default: the script's name and the data's")
+    group.add_argument("--runs", default="runs", metavar="DIR", help="where runs are kept")
+    group.add_argument("--seed", type=natural, default=0, help="of weights, split, order, augmentation and dropout")
+    group.add_argument("--resume", action="store_true", help="go on from the run's newest good checkpoint")
+    group.add_argument("--keep", type=count, default=2, metavar="K", help="checkpoints kept, besides the best")
+    group.add_argument(
+        "--no-checkpoints", action="store_true", help="write none, and so lose the run when it is stopped"
+    )
+
+
+def _add_engine(group) -> None:
+    group.add_argument(
+        "--use",
+        nargs="+",
+        default=[],
+        metavar="CHOICE",
+        help="a policy (fastest, tuned, reference) and choices such as conv2d=reference overlap=off; "
+        "python -m nanocnn switches lists them",
+    )
+    group.add_argument(
+        "--profile",
+        type=count,
+        nargs="?",
+        const=20,
+        metavar="STEPS",
+        help="profile so many steps (20): a table, and a trace for Perfetto in the run's folder",
+    )
+
+
+# ------------------------------------------------------------------ types: argparse prints their errors
+
+
+def count(word: str) -> int:
+    """A positive integer."""
+    return _number(word, int, lambda n: n >= 1, "a positive integer")
+
+
+def natural(word: str) -> int:
+    """An integer of at least 0."""
+    return _number(word, int, lambda n: n >= 0, "an integer of at least 0")
+
+
+def positive(word: str) -> float:
+    """A positive number."""
+    return _number(word, float, lambda x: 0 < x < float("inf"), "a positive number")
+
+
+def natural_real(word: str) -> float:
+    """A number of at least 0."""
+    return _number(word, float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
+
+
+def fraction(word: str) -> float:
+    """A number from 0 up to, but without, 1."""
+    return _number(word, float, lambda x: 0 <= x < 1, "a number from 0 up to 1")
+
+
+def _number(word, kind, allowed, expected):
+    try:
+        value = kind(word)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {word!r}")
+    return value
+
+
+# ------------------------------------------------------------------ what is made from the options
+
+
+def apply_choices(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """`--use` onto the switchboard; an unknown name ends the script with the list of those that exist."""
+    policy, choices = parse_use(args.use)
+    try:
+        nc.use(*policy, **choices)
+    except ChoiceError as error:
+        parser.error(f"--use: {error}")
+
+
+def make_optimizer(args: argparse.Namespace, model: nc.nn.Module) -> Optimizer:
+    """The update rule of `--optimizer`, with weight decay on weights only."""
+    groups = decay_groups(model.named_parameters(), args.weight_decay)
+    if args.optimizer == "sgd":
+        return OPTIMIZERS["sgd"](groups, args.lr, momentum=args.momentum, nesterov=args.momentum > 0)
+    if args.optimizer == "lars":
+        return OPTIMIZERS["lars"](groups, args.lr, momentum=args.momentum)
+    return OPTIMIZERS[args.optimizer](groups, args.lr)
+
+
+def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step. A warm-up longer than half the run is cut to half of it."""
+    total = args.epochs * steps_per_epoch
+    warmup = min(args.warmup_epochs * steps_per_epoch, total // 2)
+    return lambda step: SCHEDULES[args.schedule](step, total, args.lr, warmup)
+
+
+def make_augment(args: argparse.Namespace, data: DataSet) -> Augment | None:
+    """Random crop, flip and cutout, as the options say; digits are not flipped."""
+    if args.no_augment:
+        return None
+    flip = not args.no_flip and data.name != "mnist"
+    return Augment(pad=args.crop_padding, flip=flip, cutout=args.cutout)
+
+
+def run_folder(args: argparse.Namespace, default: str, comm: Comm) -> Path:
+    """Where this run's files go. A run that is there already is taken up by `--resume` and never mixed with another.
+
+    Without `--name` a new run gets the first free number, and `--resume` takes the highest.
+    """
+    root, name = Path(args.runs), args.name or default
+    if comm.rank == 0 and not args.name:
+        taken = 1
+        while (root / _numbered(name, taken + 1)).exists():
+            taken += 1
+        name = _numbered(name, taken if args.resume or not (root / name).exists() else taken + 1)
+    folder = root / comm.broadcast_object(name)
+    if args.name and not args.resume and (folder / "checkpoints").exists():
+        raise RunExists(f"{folder} holds a run: --resume goes on with it, another --name starts a new one")
+    return folder
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+class RunExists(RuntimeError):
+    """A new run was to be written where there is one already."""
+
+
+# ------------------------------------------------------------------ errors
+
+
+# Errors whose message says all that there is to say: a traceback would only hide it.
+PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, NonFiniteLoss, RecordError, RunExists)
+
+
+@contextmanager
+def plain_errors(comm: Comm) -> Iterator[None]:
+    """End the job with one line for an error that needs no traceback.
+
+    Most such errors meet all ranks alike (a file that is missing is missing for all), so the others give rank 0 a
+    second to say it for them; an error of one rank alone is said by that rank, and ends the job too.
+    """
+    try:
+        yield
+    except PLAIN_ERRORS as error:
+        if comm.rank:
+            time.sleep(1)
+        who = f"rank {comm.rank}: " if comm.size > 1 else ""
+        print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        comm.abort(1)
+
+
+def say_how_to_resume(position: Position, comm: Comm) -> None:
+    """After an interruption: the command that goes on."""
+    if comm.rank == 0:
+        command = " ".join(["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
+        if comm.size > 1:
+            command = f"mpiexec -n {comm.size} {command}"
+        print(
+            f"stopped in epoch {position.epoch + 1} after {position.step} steps, with a checkpoint. To go on:\n  {command}",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------ profile
+
+
+class StepProfile:
+    """`--profile STEPS`: records steps after a few that warm up, then prints a table and writes the ranks' timeline."""
+
+    WARMUP = 3  # steps: the first compiles, and the loader's thread has to get ahead
+
+    def __init__(self, model: nc.nn.Module, steps: int | None, folder: Path, comm: Comm):
+        self.profile, self.steps, self.folder, self.comm = Profile(model), steps, folder, comm
+        self.seen = 0
+
+    def tick(self) -> None:
+        """Call it at the end of each step."""
+        if self.steps is None:
+            return
+        self.seen += 1
+        if self.seen == self.WARMUP:
+            self.profile.__enter__()
+        elif self.seen == self.WARMUP + self.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Print and write what was recorded; also for a run that is shorter than the profile. Called by all ranks."""
+        if self.steps is None or self.seen < self.WARMUP:
+            return
+        self.profile.__exit__(None, None, None)
+        self.steps = None
+        own = self.folder / f"trace-rank{self.comm.rank}.json"
+        self.profile.chrome_trace(own, rank=self.comm.rank)
+        self.comm.barrier()
+        if self.comm.rank == 0:
+            self.profile.print()
+            parts = [self.folder / f"trace-rank{r}.json" for r in range(self.comm.size)]
+            whole = merge_traces(parts, self.folder / "trace.json")
+            for part in parts:
+                part.unlink()
+            print(f"timeline: {whole} (open it at https://ui.perfetto.dev)")
