@@ -57,9 +57,17 @@ REMOTES = {
     "mnist": tuple(
         Remote(name, size, sha256, MNIST_FOLDERS)
         for name, size, sha256 in (
-            ("train-images-idx3-ubyte.gz", 9_912_422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+            (
+                "train-images-idx3-ubyte.gz",
+                9_912_422,
+                "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            ),
             ("train-labels-idx1-ubyte.gz", 28_881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-            ("t10k-images-idx3-ubyte.gz", 1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+            (
+                "t10k-images-idx3-ubyte.gz",
+                1_648_877,
+                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            ),
             ("t10k-labels-idx1-ubyte.gz", 4_542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
         )
     ),
@@ -69,9 +77,15 @@ REMOTES = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=list(REMOTES), help="the data set")
-    parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent, help="where to keep it (default: %(default)s)")
-    parser.add_argument("--from", dest="given", type=Path, help="convert this folder or archive; the network is not used")
-    parser.add_argument("--mirror", action="append", default=[], metavar="URL", help="a folder to download from, tried first")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(__file__).parent, help="where to keep it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--from", dest="given", type=Path, help="convert this folder or archive; the network is not used"
+    )
+    parser.add_argument(
+        "--mirror", action="append", default=[], metavar="URL", help="a folder to download from, tried first"
+    )
     parser.add_argument("--keep", action="store_true", help="keep what was downloaded, beside the HDF5 file")
     options = parser.parse_args(arguments)
     try:
@@ -109,7 +123,9 @@ def prepare(name: str, data_dir: Path, given: Path | None, mirrors: list[str], k
             raise DataError(f"{given}: no such file or folder (--from)")
         source = given
         if not is_official(given, name):
-            print(f"{given} is not the published download, or unpacked: its checksum is unknown, and it is read as it is")
+            print(
+                f"{given} is not the published download, or unpacked: its checksum is unknown, and it is read as it is"
+            )
     print(f"converting {source}")
     raw = readers[name]([source], None, None)
     if raw is None:
@@ -118,14 +134,18 @@ def prepare(name: str, data_dir: Path, given: Path | None, mirrors: list[str], k
     if not keep:
         for path in downloaded:
             path.unlink()
-    print(f"{target}: {len(raw.train.labels):,} training and {len(raw.test.labels):,} test images, {target.stat().st_size:,} bytes")
+    print(
+        f"{target}: {len(raw.train.labels):,} training and {len(raw.test.labels):,} test images, {target.stat().st_size:,} bytes"
+    )
     return target
 
 
 def is_official(given: Path, name: str) -> bool:
     """Whether `given` is, or holds, the published files, byte for byte."""
     paths = [given if given.is_file() else given / remote.name for remote in REMOTES[name]]
-    return all(path.is_file() and sha256(path) == remote.sha256 for path, remote in zip(paths, REMOTES[name], strict=True))
+    return all(
+        path.is_file() and sha256(path) == remote.sha256 for path, remote in zip(paths, REMOTES[name], strict=True)
+    )
 
 
 def sha256(path: Path) -> str:
@@ -147,7 +167,9 @@ def download(remote: Remote, folder: Path, mirrors: list[str]) -> Path:
         return target
     missing = remote.size - held(part)
     if shutil.disk_usage(folder).free < missing:
-        raise DataError(f"{folder}: too little room for {missing:,} bytes of {remote.name}; name another place with --data-dir")
+        raise DataError(
+            f"{folder}: too little room for {missing:,} bytes of {remote.name}; name another place with --data-dir"
+        )
     failures = []
     for base in (*mirrors, *remote.folders):
         url = f"{base.rstrip('/')}/{remote.name}"
@@ -165,14 +187,15 @@ def download(remote: Remote, folder: Path, mirrors: list[str]) -> Path:
                     os.replace(part, target)
                     return target
                 part.unlink()
-                failures.append(f"{url}: SHA-256 {found}, expected {remote.sha256}")
-                if start == 0:
-                    break  # this mirror's own; otherwise an older piece may be to blame
+                reason = f"SHA-256 {found}, expected {remote.sha256}"
+                again = start > 0  # the older piece may be to blame: once more from the beginning
             except Interrupted as error:
-                failures.append(f"{url}: {error}")
-                if held(part) <= start:
-                    break  # no progress: the next mirror
+                reason = str(error)
+                again = held(part) > start
+            failures.append(f"{url}: {reason}")
             print(f"  {failures[-1]}")
+            if not again:
+                break
     reasons = "\n  ".join(dict.fromkeys(failures))
     raise DataError(
         f"{remote.name} could not be downloaded:\n  {reasons}\nTry again later, name a mirror with --mirror URL, or fetch the "
@@ -187,15 +210,21 @@ def held(part: Path) -> int:
 
 def fetch(url: str, part: Path, start: int, remote: Remote) -> None:
     """Get what follows the first `start` bytes of `part`. Raises Interrupted if the network fails, OSError if the disk does."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         raise Interrupted(f"HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError; ValueError: no URL
         raise Interrupted(f"{getattr(error, 'reason', error)}") from None
-    columns = TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with response, Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
         if response.status != 206:  # the server does not resume: all of it comes
             start = 0

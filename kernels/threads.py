@@ -12,9 +12,12 @@ took 60 ms with spinning workers and 40 ms with workers that sleep at once; so b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +27,10 @@ LOCAL_RANKS = (
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MV2_COMM_WORLD_LOCAL_SIZE",
     "SLURM_STEP_TASKS_PER_NODE",
+)
+NUMBA_CACHES = (  # where Numba keeps compiled kernels, if it can; if it can in neither, it refuses to be imported
+    Path(__file__).parent / "__pycache__",
+    Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "numba"),
 )
 CGROUP = Path("/sys/fs/cgroup")
 AVX512_CORES = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS", "ZEN")
@@ -109,6 +116,10 @@ def configure() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share()))
     os.environ.setdefault("NUMBA_NUM_THREADS", str(max(cores(), share())))  # the most that limit() can set later
+    if "NUMBA_CACHE_DIR" not in os.environ and not any(map(_can_write, NUMBA_CACHES)):
+        folder = _private_folder()
+        os.environ["NUMBA_CACHE_DIR"] = str(folder)
+        notes.append(f"neither {' nor '.join(map(str, NUMBA_CACHES))} can be written: compiled kernels go to {folder}")
 
 
 def limit(threads: int) -> None:
@@ -133,6 +144,26 @@ def processor() -> str:
     import platform
 
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _private_folder() -> Path:
+    """A folder for temporary files that is ours alone: the same one each time, unless somebody else took its name."""
+    folder = Path(tempfile.gettempdir(), f"nanocnn-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="nanocnn-"))
 
 
 def _cpu_flags() -> set[str]:

@@ -178,7 +178,7 @@ class Linear(Module):
         self, in_features: int, out_features: int, bias: bool = True, *, rng: np.random.Generator | None = None
     ):
         rng = rng or random.generator()
-        self.weight = Parameter(init.kaiming_uniform(rng, (in_features, out_features), in_features))
+        self.weight = Parameter(init.lecun_uniform(rng, (in_features, out_features), in_features))
         self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

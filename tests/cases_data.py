@@ -68,7 +68,9 @@ def tar_with(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
 
 
 def idx(array: np.ndarray) -> bytes:
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    )
 
 
 def write_mnist(folder: Path, zipped=True, n=(30, 10), seed=0) -> Path:

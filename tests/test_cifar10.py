@@ -81,7 +81,9 @@ def test_binary_batch_of_the_wrong_size(tmp_path, change):
 def test_a_missing_batch(tmp_path, write):
     folder = write(tmp_path / "batches")
     next(folder.glob("data_batch_2*")).unlink()
-    with pytest.raises(DataError, match="data_batch_2 missing; expected data_batch_1, .* python data/prepare.py cifar10"):
+    with pytest.raises(
+        DataError, match="data_batch_2 missing; expected data_batch_1, .* python data/prepare.py cifar10"
+    ):
         cifar10.read(folder)
 
 
@@ -105,11 +107,20 @@ def test_labels_out_of_range(tmp_path):
     [
         ([1, 2], "expected a dictionary with data and labels"),
         ({"data": np.zeros((BATCH, 3072), np.uint8)}, "expected a dictionary with data and labels"),
-        ({"data": np.zeros((BATCH, 3071), np.uint8), "labels": [0] * BATCH}, r"images of shape \(20, 3071\), expected \(20, 3072\)"),
+        (
+            {"data": np.zeros((BATCH, 3071), np.uint8), "labels": [0] * BATCH},
+            r"images of shape \(20, 3071\), expected \(20, 3072\)",
+        ),
         ({"data": np.zeros((BATCH, 3072), np.float32), "labels": [0] * BATCH}, "expected an array of bytes"),
         ({"data": "pixels", "labels": [0] * BATCH}, "expected an array of bytes"),
-        ({"data": np.zeros((BATCH, 3072), np.uint8), "labels": [0] * (BATCH - 1)}, "labels are not a list of 20 whole numbers"),
-        ({"data": np.zeros((BATCH, 3072), np.uint8), "labels": ["cat"] * BATCH}, "labels are not a list of 20 whole numbers"),
+        (
+            {"data": np.zeros((BATCH, 3072), np.uint8), "labels": [0] * (BATCH - 1)},
+            "labels are not a list of 20 whole numbers",
+        ),
+        (
+            {"data": np.zeros((BATCH, 3072), np.uint8), "labels": ["cat"] * BATCH},
+            "labels are not a list of 20 whole numbers",
+        ),
         ({"data": np.zeros((BATCH, 3072), np.uint8), "labels": [1 << 80] * BATCH}, "is out of range"),
     ],
 )

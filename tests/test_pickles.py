@@ -34,7 +34,9 @@ def test_shared_objects_stay_shared():
     assert a is b
 
 
-@pytest.mark.parametrize("function", [os.system, eval, np.load, pickle.loads, np.dtype("u1").newbyteorder, dict.fromkeys])
+@pytest.mark.parametrize(
+    "function", [os.system, eval, np.load, pickle.loads, np.dtype("u1").newbyteorder, dict.fromkeys]
+)
 def test_imports_are_refused_by_name(function):
     class Evil:
         def __reduce__(self):
@@ -97,7 +99,9 @@ def test_too_many_instructions(monkeypatch):
 )
 def test_what_is_no_array_of_bytes(value):
     with pytest.raises(DataError, match="expected an array of bytes"):
-        as_array(read_pickle(pickle.dumps(value, 5), "here") if not isinstance(value, np.ndarray) else _array(value), "here")
+        as_array(
+            read_pickle(pickle.dumps(value, 5), "here") if not isinstance(value, np.ndarray) else _array(value), "here"
+        )
 
 
 def _array(value):

@@ -101,7 +101,6 @@ def test_the_user_s_word(monkeypatch):
 
 def test_configure_speaks_before_numpy_listens(monkeypatch):
     for name in ("OPENBLAS_THREAD_TIMEOUT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that what configure() sets is undone after the test
         monkeypatch.delenv(name)
     monkeypatch.setattr(threads, "notes", [])
@@ -129,6 +128,26 @@ def test_configure_speaks_before_numpy_listens(monkeypatch):
     threads.configure()
     assert os.environ["OMP_WAIT_POLICY"] == "active"  # what the user set stays
     assert not any("CORETYPE" in note for note in threads.notes)
+
+
+def test_compiled_kernels_find_a_place_where_nothing_can_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.setattr(threads, "notes", [])
+    monkeypatch.setattr(threads.tempfile, "tempdir", str(tmp_path))
+    threads.configure()
+    assert "NUMBA_CACHE_DIR" not in os.environ
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(threads, "NUMBA_CACHES", [tmp_path / "file" / "below"])
+    threads.configure()
+    folder = tmp_path / f"nanocnn-{os.getuid()}"
+    assert os.environ["NUMBA_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert f"compiled kernels go to {folder}" in threads.notes[-1]
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    folder.chmod(0o777)  # where anybody may write, anybody's code may lie
+    threads.configure()
+    assert os.environ["NUMBA_CACHE_DIR"] not in ("", str(folder))
 
 
 def test_limit_reaches_blas_and_numba_both():

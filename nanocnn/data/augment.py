@@ -14,7 +14,9 @@ from ..kernels.random import random_bits
 from .datasets import DataError, Split
 
 STREAM = 0xDA7A  # of the random bits; dropout uses others
-BLOCK = 32  # images at a time: the tables of a whole batch go back to the system each time, and page faults cost the most
+BLOCK = (
+    32  # images at a time: the tables of a whole batch go back to the system each time, and page faults cost the most
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class Augment:
 
 
 def load_batch(
-    split: Split, samples: np.ndarray, augment: Augment | None = None, seed: int = 0, epoch: int = 0, dtype: type = np.float32
+    split: Split,
+    samples: np.ndarray,
+    augment: Augment | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    dtype: type = np.float32,
 ) -> np.ndarray:
     """Images `samples` (n,) of a split, augmented and normalised: (n, H, W, C) of `dtype`. NumPy only, for any thread."""
     images = split.images

@@ -23,7 +23,13 @@ BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 MOST_BYTES = 32 << 20  # a file has 30.7 MB of images and labels; the Python ones add 0.3 MB of file names
 
 # in order of preference: checked and fastest first
-PLACES = ("cifar10.h5", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+PLACES = (
+    "cifar10.h5",
+    "cifar-10-batches-py",
+    "cifar-10-batches-bin",
+    "cifar-10-python.tar.gz",
+    "cifar-10-binary.tar.gz",
+)
 
 
 @dataset("cifar10")
@@ -113,5 +119,7 @@ def _decode_python(contents: bytes, where: Path) -> tuple[np.ndarray, np.ndarray
 def _checked(labels: list[int], where: Path) -> np.ndarray:
     for i, label in enumerate(labels):
         if not 0 <= label < len(CLASSES):
-            raise DataError(f"{where}: label {label} of image {i} is out of range, expected 0 to 9; get it again: {_GET}")
+            raise DataError(
+                f"{where}: label {label} of image {i} is out of range, expected 0 to 9; get it again: {_GET}"
+            )
     return np.array(labels, np.int64)

@@ -25,7 +25,9 @@ class _Capped:
         data = self.stream.read(wanted)
         self.left -= len(data)
         if self.left < 0:
-            raise DataError(f"{self.path}: more than {self.limit:,} bytes of contents, the most that is expected; {AGAIN}")
+            raise DataError(
+                f"{self.path}: more than {self.limit:,} bytes of contents, the most that is expected; {AGAIN}"
+            )
         return data
 
 
@@ -52,14 +54,18 @@ def read_tar(path: Path, limits: Mapping[str, int], total: int) -> Iterator[tupl
             for member in tar:
                 inside = PurePosixPath(member.name)
                 if inside.is_absolute() or ".." in inside.parts:
-                    raise DataError(f"{path}: member {member.name!r} points outside the archive; do not trust this file")
+                    raise DataError(
+                        f"{path}: member {member.name!r} points outside the archive; do not trust this file"
+                    )
                 if not (member.type in tarfile.REGULAR_TYPES or member.isdir()) or member.issparse():
                     raise DataError(f"{path}: member {member.name!r} is a link or a device; do not trust this file")
                 if inside.name not in limits or member.isdir():
                     continue
                 if member.size > limits[inside.name]:
                     most = limits[inside.name]
-                    raise DataError(f"{path}: member {member.name!r} has {member.size:,} bytes, expected at most {most:,}")
+                    raise DataError(
+                        f"{path}: member {member.name!r} has {member.size:,} bytes, expected at most {most:,}"
+                    )
                 contents = tar.extractfile(member)
                 assert contents is not None  # it is a regular file
                 yield inside.name, contents.read()

@@ -135,7 +135,9 @@ def _run(raw: bytes) -> Any:
                 if not isinstance(module, str) or not isinstance(name, str):
                     raise DataError("the pickle imports by a name that is no string; do not trust this file")
                 if (module, name) not in ALLOWED:
-                    raise DataError(f"the pickle imports {module:.99}.{name:.99}, which no data set needs; do not trust this file")
+                    raise DataError(
+                        f"the pickle imports {module:.99}.{name:.99}, which no data set needs; do not trust this file"
+                    )
                 stack.append(Import(module, name))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
@@ -148,5 +150,7 @@ def _run(raw: bytes) -> Any:
             case "STOP":
                 return stack.pop()
             case other:
-                raise DataError(f"the pickle uses {other}, which an array in a dictionary does not need; do not trust it")
+                raise DataError(
+                    f"the pickle uses {other}, which an array in a dictionary does not need; do not trust it"
+                )
     raise DataError("the pickle has no end")  # genops() raises first
