@@ -1,12 +1,13 @@
 """Download a data set, check it, and keep it as one HDF5 file: python data/prepare.py cifar10
 
-What is downloaded must have the size and SHA-256 written here, whatever mirror it came from. A download that was cut off
-goes on where it stopped. This is the only file of the project that touches the network.
+What is downloaded must have the size and SHA-256 written here, whatever mirror it came from. A download that was cut
+off goes on where it stopped. This is the only file of the project that touches the network.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import importlib.util
@@ -24,6 +25,7 @@ if importlib.util.find_spec("nanocnn") is None:  # not installed: the source tre
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nanocnn.data import DataError, hdf5, readers
+from nanocnn.data.datasets import ENVIRONMENT
 
 TRIES = 5  # at one mirror; each goes on where the last one stopped
 TIMEOUT = 30  # seconds without a byte
@@ -41,6 +43,12 @@ class Remote:
 
 
 MNIST_FOLDERS = ("https://storage.googleapis.com/cvdf-datasets/mnist", "https://ossci-datasets.s3.amazonaws.com/mnist")
+MNIST_FILES = """
+train-images-idx3-ubyte.gz 9912422 440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609
+train-labels-idx1-ubyte.gz   28881 3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c
+t10k-images-idx3-ubyte.gz  1648877 8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6
+t10k-labels-idx1-ubyte.gz     4542 f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6
+"""
 REMOTES = {
     "cifar10": (
         Remote(
@@ -55,21 +63,8 @@ REMOTES = {
         ),
     ),
     "mnist": tuple(
-        Remote(name, size, sha256, MNIST_FOLDERS)
-        for name, size, sha256 in (
-            (
-                "train-images-idx3-ubyte.gz",
-                9_912_422,
-                "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-            ),
-            ("train-labels-idx1-ubyte.gz", 28_881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-            (
-                "t10k-images-idx3-ubyte.gz",
-                1_648_877,
-                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-            ),
-            ("t10k-labels-idx1-ubyte.gz", 4_542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
-        )
+        Remote(name, int(size), sha256, MNIST_FOLDERS)
+        for name, size, sha256 in map(str.split, MNIST_FILES.strip().splitlines())
     ),
 }
 
@@ -77,9 +72,8 @@ REMOTES = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=list(REMOTES), help="the data set")
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(__file__).parent, help="where to keep it (default: %(default)s)"
-    )
+    default = Path(os.environ.get(ENVIRONMENT) or Path(__file__).parent)  # where training will look
+    parser.add_argument("--data-dir", type=Path, default=default, help="where to keep it (default: %(default)s)")
     parser.add_argument(
         "--from", dest="given", type=Path, help="convert this folder or archive; the network is not used"
     )
@@ -103,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(name: str, data_dir: Path, given: Path | None, mirrors: list[str], keep: bool = False) -> Path:
-    """Make `data_dir/<name>.h5` and return its path. Raises DataError or OSError, and what was there before stays."""
+    """Make `data_dir/<name>.h5` and return its path. Raises DataError or OSError, and keeps what was there before."""
     data_dir.mkdir(parents=True, exist_ok=True)
     target = data_dir / f"{name}.h5"
     if given is None and target.exists():
@@ -116,15 +110,17 @@ def prepare(name: str, data_dir: Path, given: Path | None, mirrors: list[str], k
             return target
     downloaded: list[Path] = []
     if given is None:
-        downloaded = [download(remote, data_dir, mirrors) for remote in REMOTES[name]]
-        source = downloaded[0] if len(downloaded) == 1 else data_dir
+        folder = data_dir if len(REMOTES[name]) == 1 else data_dir / name  # where training finds them too, with --keep
+        folder.mkdir(exist_ok=True)
+        downloaded = [download(remote, folder, mirrors) for remote in REMOTES[name]]
+        source = downloaded[0] if len(downloaded) == 1 else folder
     else:
         if not given.exists():
             raise DataError(f"{given}: no such file or folder (--from)")
         source = given
         if not is_official(given, name):
             print(
-                f"{given} is not the published download, or unpacked: its checksum is unknown, and it is read as it is"
+                f"{given}: not the published download as it is, so its checksum says nothing; reading it all the same"
             )
     print(f"converting {source}")
     raw = readers[name]([source], None, None)
@@ -134,8 +130,12 @@ def prepare(name: str, data_dir: Path, given: Path | None, mirrors: list[str], k
     if not keep:
         for path in downloaded:
             path.unlink()
+        if source.is_dir() and downloaded:
+            with contextlib.suppress(OSError):  # something else is in it
+                source.rmdir()
     print(
-        f"{target}: {len(raw.train.labels):,} training and {len(raw.test.labels):,} test images, {target.stat().st_size:,} bytes"
+        f"{target}: {len(raw.train.labels):,} training and {len(raw.test.labels):,} test images, "
+        f"{target.stat().st_size:,} bytes"
     )
     return target
 
@@ -198,8 +198,8 @@ def download(remote: Remote, folder: Path, mirrors: list[str]) -> Path:
                 break
     reasons = "\n  ".join(dict.fromkeys(failures))
     raise DataError(
-        f"{remote.name} could not be downloaded:\n  {reasons}\nTry again later, name a mirror with --mirror URL, or fetch the "
-        f"file on another machine and convert it with --from FILE"
+        f"{remote.name} could not be downloaded:\n  {reasons}\nTry again later, name a mirror with --mirror URL, or "
+        f"fetch the file on another machine and convert it with --from FILE"
     )
 
 
@@ -209,7 +209,7 @@ def held(part: Path) -> int:
 
 
 def fetch(url: str, part: Path, start: int, remote: Remote) -> None:
-    """Get what follows the first `start` bytes of `part`. Raises Interrupted if the network fails, OSError if the disk does."""
+    """Get what follows the first `start` bytes of `part`. Raises Interrupted for the network, OSError for the disk."""
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -233,7 +233,7 @@ def fetch(url: str, part: Path, start: int, remote: Remote) -> None:
             have = start
             while have < remote.size:
                 try:
-                    piece = response.read(min(PIECE, remote.size - have))
+                    piece = response.read1(min(PIECE, remote.size - have))  # what has come, at once
                 except (OSError, http.client.HTTPException) as error:
                     raise Interrupted(f"{type(error).__name__} {error} after {have:,} bytes") from None
                 if not piece:

@@ -49,6 +49,8 @@ def arguments():
 def train(args, comm):
     """Train, record, and return the exit status."""
     data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, train_size=args.train_images)
+    if comm.rank == 0:
+        print(data.notice, flush=True)
     ranks = dict(rank=comm.rank, size=comm.size)
     augment = common.make_augment(args, data)
     train_batches = Loader(data.train, args.batch_size, augment=augment, shuffle=True, seed=args.seed, **ranks)
@@ -56,16 +58,20 @@ def train(args, comm):
     val_batches = Loader(data.val, 256 * comm.size, **in_order) if len(data.val) else None
     test_batches = Loader(data.test, 256 * comm.size, **in_order)
 
+    def make_model(width):
+        return alexnet_cifar(
+            len(data.classes),
+            width=width,
+            batch_norm=args.batch_norm,
+            stem_stride=args.stem_stride,
+            dropout=args.dropout,
+            image_size=data.train.images.shape[1],
+            in_channels=data.train.images.shape[3],
+        )
+
+    common.compile_kernels(args, make_model, data, comm)
     nc.manual_seed(args.seed)
-    model = alexnet_cifar(
-        len(data.classes),
-        width=args.width,
-        batch_norm=args.batch_norm,
-        stem_stride=args.stem_stride,
-        dropout=args.dropout,
-        image_size=data.train.images.shape[1],
-        in_channels=data.train.images.shape[3],
-    )
+    model = make_model(args.width)
     optimizer = common.make_optimizer(args, model)
     learning_rate = common.make_schedule(args, len(train_batches))
     averager = parallel.GradientAverager(optimizer.buckets, comm)
@@ -81,7 +87,6 @@ def train(args, comm):
     run.load_history(until=position.epoch)
     profile = common.StepProfile(model, args.profile, folder, comm)
     if comm.rank == 0:
-        print(data.notice)
         print(f"AlexNet, {sum(p.size for p in model.parameters()):,} parameters, into {folder}", flush=True)
         if position.step:
             print(f"resuming in epoch {position.epoch + 1}, after {position.step} steps", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,15 @@ from pathlib import Path
 
 import nanocnn as nc
 from nanocnn.checkpoint import CheckpointError
-from nanocnn.data import Augment, DataError, DataSet
+from nanocnn.data import Augment, DataError, DataSet, Loader
 from nanocnn.kernels.dispatch import ChoiceError, parse_use
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
-from nanocnn.parallel import Comm
+from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.profile import Profile, merge_traces
 from nanocnn.record import RecordError
 from nanocnn.resume import Position
 from nanocnn.schedules import SCHEDULES
-from nanocnn.train import NonFiniteLoss
+from nanocnn.train import NonFiniteLoss, evaluate, train_step
 
 
 def training_parser(description: str, epilog: str) -> argparse.ArgumentParser:
@@ -187,13 +188,14 @@ def run_folder(args: argparse.Namespace, default: str, comm: Comm) -> Path:
     Without `--name` a new run gets the first free number, and `--resume` takes the highest.
     """
     root, name = Path(args.runs), args.name or default
-    if comm.rank == 0 and not args.name:
+    if not args.name:
         taken = 1
         while (root / _numbered(name, taken + 1)).exists():
             taken += 1
         name = _numbered(name, taken if args.resume or not (root / name).exists() else taken + 1)
-    folder = root / comm.broadcast_object(name)
-    if args.name and not args.resume and (folder / "checkpoints").exists():
+    held = not args.resume and (root / name / "checkpoints").exists()
+    folder, held = comm.broadcast_object((root / name, held))  # rank 0's look: by now it may be making the folder
+    if held:
         raise RunExists(f"{folder} holds a run: --resume goes on with it, another --name starts a new one")
     return folder
 
@@ -207,6 +209,31 @@ class RunExists(RuntimeError):
 
 
 # ------------------------------------------------------------------ errors
+
+
+# ------------------------------------------------------------------ compilation
+
+
+def compile_kernels(
+    args: argparse.Namespace, make_model: Callable[..., nc.nn.Module], data: DataSet, comm: Comm
+) -> None:
+    """Let one rank of each host take a step with a tiny model: what Numba compiles for it, the others find in its cache.
+
+    Four ranks that compile the same kernels on two cores at once take four times as long, and say nothing meanwhile.
+    """
+    if comm.local_rank == 0:
+        patience = threading.Timer(
+            2, print, ["compiling kernels, once on this machine (up to a minute)"], {"flush": True}
+        )
+        patience.start()
+        model = make_model(width=1 / 64)
+        optimizer = make_optimizer(args, model)
+        batch = next(Loader(data.train, 2, augment=make_augment(args, data), prefetch=0).epoch(0))
+        averager = GradientAverager(optimizer.buckets, Alone())
+        train_step(model, batch, optimizer, 0.0, averager, label_smoothing=args.label_smoothing, clip=args.clip)
+        evaluate(model, [batch], len(data.classes), averager.comm)
+        patience.cancel()
+    comm.barrier()
 
 
 # Errors whose message says all that there is to say: a traceback would only hide it.
@@ -236,10 +263,8 @@ def say_how_to_resume(position: Position, comm: Comm) -> None:
         command = " ".join(["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
         if comm.size > 1:
             command = f"mpiexec -n {comm.size} {command}"
-        print(
-            f"stopped in epoch {position.epoch + 1} after {position.step} steps, with a checkpoint. To go on:\n  {command}",
-            flush=True,
-        )
+        print(f"stopped in epoch {position.epoch + 1} after {position.step} steps, with a checkpoint. To go on:")
+        print(f"  {command}", flush=True)
 
 
 # ------------------------------------------------------------------ profile

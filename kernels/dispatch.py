@@ -304,6 +304,7 @@ class Primitive:
 
     def __call__(self, *args: Any, **kwargs: Any):
         variant = self.choose(*args, **kwargs)
+        self.ran.add(variant.name)
         active = recorder  # one look: a profile may end in another thread while this call runs
         if active is None:
             return variant.body(*args, **kwargs)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
-from .random import M0, M1, ROUNDS, W0, W1, random_bits
+from .random import philox_blocks, random_bits
 
 
 def _threshold(p):
@@ -51,22 +51,8 @@ def _dropout(x, samples, stream, epoch, seed0, seed1, threshold, scale, y, mask)
         words = np.empty((CHUNK, 4), np.uint32)
         for first in range(0, x.shape[1], 4 * CHUNK):
             last = min(x.shape[1], first + 4 * CHUNK)
-            _draw(first // 4, stream, samples[i], epoch, seed0, seed1, words)
+            philox_blocks(first // 4, stream, samples[i], epoch, seed0, seed1, words)
             _apply(x[i, first:last], words.reshape(-1), threshold, scale, y[i, first:last], mask[i, first:last])
-
-
-@njit(inline="always")  # the length of `words` is then a constant, and the loop vector code
-def _draw(first, stream, sample, epoch, seed0, seed1, words):
-    """The blocks from `first` on of `random_bits`; a loop without a branch, so that it becomes vector code."""
-    for block in range(words.shape[0]):
-        c0, c1, c2, c3 = np.uint32(first + block), stream, sample, epoch
-        k0, k1 = seed0, seed1
-        for _ in range(ROUNDS):
-            p0, p1 = np.uint64(c0) * np.uint64(M0), np.uint64(c2) * np.uint64(M1)
-            c0, c1 = np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0, np.uint32(p1)
-            c2, c3 = np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1, np.uint32(p0)
-            k0, k1 = np.uint32(k0 + np.uint32(W0)), np.uint32(k1 + np.uint32(W1))
-        words[block, 0], words[block, 1], words[block, 2], words[block, 3] = c0, c1, c2, c3
 
 
 @njit

@@ -52,16 +52,21 @@ def random_bits_numba(samples, n, seed, epoch=0, stream=0):
 @njit(parallel=True, cache=True)
 def _philox(samples, stream, epoch, seed0, seed1, out):
     for i in prange(out.shape[0]):
-        for block in range(out.shape[1] // 4):
-            c0, c1, c2, c3 = np.uint32(block), stream, samples[i], epoch
-            k0, k1 = seed0, seed1
-            for _ in range(ROUNDS):
-                p0, p1 = np.uint64(c0) * np.uint64(M0), np.uint64(c2) * np.uint64(M1)
-                c0, c1 = np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0, np.uint32(p1)
-                c2, c3 = np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1, np.uint32(p0)
-                k0, k1 = np.uint32(k0 + np.uint32(W0)), np.uint32(k1 + np.uint32(W1))
-            out[i, 4 * block], out[i, 4 * block + 1] = c0, c1
-            out[i, 4 * block + 2], out[i, 4 * block + 3] = c2, c3
+        philox_blocks(0, stream, samples[i], epoch, seed0, seed1, out[i].reshape(-1, 4))
+
+
+@njit(inline="always")  # where the caller knows the length of `words` it is a constant, and the loop vector code
+def philox_blocks(first, stream, sample, epoch, seed0, seed1, words):
+    """Fill `words` (blocks, 4) with the blocks from `first` on; a loop without a branch."""
+    for block in range(words.shape[0]):
+        c0, c1, c2, c3 = np.uint32(first + block), stream, sample, epoch
+        k0, k1 = seed0, seed1
+        for _ in range(ROUNDS):
+            p0, p1 = np.uint64(c0) * np.uint64(M0), np.uint64(c2) * np.uint64(M1)
+            c0, c1 = np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0, np.uint32(p1)
+            c2, c3 = np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1, np.uint32(p0)
+            k0, k1 = np.uint32(k0 + np.uint32(W0)), np.uint32(k1 + np.uint32(W1))
+        words[block, 0], words[block, 1], words[block, 2], words[block, 3] = c0, c1, c2, c3
 
 
 @random_bits.work

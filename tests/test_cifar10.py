@@ -7,8 +7,15 @@ import tarfile
 import numpy as np
 import pytest
 from cases_data import (
-    BATCH, cifar_arrays, cifar_names, python2_batch, tar_of, tar_with, write_cifar_binary, write_cifar_python,
-)  # fmt: skip
+    BATCH,
+    cifar_arrays,
+    cifar_names,
+    python2_batch,
+    tar_of,
+    tar_with,
+    write_cifar_binary,
+    write_cifar_python,
+)
 
 from nanocnn.data import DataError, cifar10, hdf5
 
@@ -82,7 +89,7 @@ def test_a_missing_batch(tmp_path, write):
     folder = write(tmp_path / "batches")
     next(folder.glob("data_batch_2*")).unlink()
     with pytest.raises(
-        DataError, match="data_batch_2 missing; expected data_batch_1, .* python data/prepare.py cifar10"
+        DataError, match=r"data_batch_2 missing; expected data_batch_1, .* python data/prepare.py cifar10"
     ):
         cifar10.read(folder)
 
@@ -189,9 +196,9 @@ def test_a_batch_that_is_there_twice(tmp_path):
 
 def test_a_file_of_no_known_form(tmp_path):
     (tmp_path / "cifar.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="no form of CIFAR-10; expected cifar10.h5"):
+    with pytest.raises(DataError, match=r"no form of CIFAR-10; expected cifar10.h5"):
         cifar10.read(tmp_path / "cifar.zip")
-    with pytest.raises(DataError, match="data_batch_1, .*missing"):
+    with pytest.raises(DataError, match=r"data_batch_1, .*missing"):
         cifar10.read(tmp_path)
 
 

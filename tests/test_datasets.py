@@ -139,6 +139,12 @@ def test_a_split_checks_what_it_is_given(images, labels, message):
         split_of(images, labels)
 
 
+def test_images_that_are_not_contiguous():
+    split = split_of(np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 3, 8, 8).transpose(0, 2, 3, 1), LABELS)
+    assert split.images.flags.c_contiguous
+    assert split.images[0, 0, 0].tolist() == [0, 64, 128]
+
+
 def test_a_split_checks_its_statistics():
     with pytest.raises(DataError, match="expected one number a channel"):
         split_of(IMAGES, LABELS, mean=np.zeros(1))

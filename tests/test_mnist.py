@@ -36,7 +36,7 @@ def test_dots_in_the_names(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(DataError, match="mnist is not in .*get it with: python data/prepare.py mnist"):
+    with pytest.raises(DataError, match=r"mnist is not in .*get it with: python data/prepare.py mnist"):
         load("mnist", tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_truncated_and_damaged_gzip(tmp_path):
     flipped[len(whole) // 2] ^= 0x10
     for contents in (whole[:-5], whole[: len(whole) // 2], bytes(flipped), b"no gzip"):
         path.write_bytes(contents)
-        with pytest.raises(DataError, match="train-images-idx3-ubyte.gz"):
+        with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz"):
             mnist.read(tmp_path)
 
 

@@ -33,14 +33,25 @@ def prepare(monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `contents` at /<mirror>/NAME for each mirror, badly where `faults` says so; `log` is what was asked for."""
+    """Serves `files` at /<mirror>/<name> for each mirror, badly where `faults` says so; `log`: what was asked for."""
 
     daemon_threads = True
 
-    def __init__(self, contents):
+    def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.contents, self.faults, self.log = contents, {}, []
+        self.files, self.faults, self.log = files, {}, []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def contents(self):
+        return self.files[NAME]
+
+    def remotes(self, prepare):
+        mirrors = self.url("a"), self.url("b")
+        return tuple(
+            prepare.Remote(name, len(contents), hashlib.sha256(contents).hexdigest(), mirrors)
+            for name, contents in self.files.items()
+        )
 
     def url(self, mirror):
         return f"http://127.0.0.1:{self.server_port}/{mirror}"
@@ -51,11 +62,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        mirror = self.path.split("/")[1]
+        _, mirror, name = self.path.split("/")
         fault = self.server.faults.get(mirror, "")
         asked = self.headers.get("Range")
         self.server.log.append((mirror, asked))
-        contents = self.server.contents
+        contents = self.server.files[name]
         if fault == "missing":
             self.send_error(404)
             return
@@ -77,11 +88,8 @@ def server(prepare, monkeypatch, tmp_path):
     contents = tar_of(
         write_cifar_python(tmp_path / "made" / "cifar-10-batches-py"), tmp_path / "made" / NAME
     ).read_bytes()
-    server = Server(contents)
-    remote = prepare.Remote(
-        NAME, len(contents), hashlib.sha256(contents).hexdigest(), (server.url("a"), server.url("b"))
-    )
-    monkeypatch.setitem(prepare.REMOTES, "cifar10", (remote,))
+    server = Server({NAME: contents})
+    monkeypatch.setitem(prepare.REMOTES, "cifar10", server.remotes(prepare))
     yield server
     server.shutdown()
     server.server_close()
@@ -115,6 +123,22 @@ def test_a_damaged_result_is_made_again_and_the_download_may_stay(prepare, serve
     (tmp_path / "d" / "cifar10.h5").unlink()
     assert prepare.main(["cifar10", "--data-dir", str(tmp_path / "d"), "--keep"]) == 0
     assert len(server.log) == 1  # what was kept was used
+
+
+def test_a_set_of_several_files(prepare, tmp_path, monkeypatch, capsys):
+    made = write_mnist(tmp_path / "made")
+    server = Server({path.name: path.read_bytes() for path in made.iterdir()})
+    monkeypatch.setitem(prepare.REMOTES, "mnist", server.remotes(prepare))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "mnist.h5").write_bytes(b"damaged")
+    assert prepare.main(["mnist", "--data-dir", str(tmp_path / "d")]) == 0
+    server.shutdown()
+    server.server_close()
+    assert len(server.log) == 4
+    assert names(tmp_path / "d") == ["mnist.h5"]
+    assert len(load("mnist", tmp_path / "d", val=0).train) == 30
+    assert prepare.main(["mnist", "--from", str(made), "--data-dir", str(tmp_path / "e")]) == 0
+    assert "checksum says nothing" not in capsys.readouterr().out
 
 
 def test_a_connection_that_breaks_goes_on_where_it_stopped(prepare, server, tmp_path):
@@ -197,7 +221,7 @@ def test_a_full_disk_while_downloading(prepare, server, tmp_path, capsys):
 
 def test_too_little_room_is_seen_before(prepare, server, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(DataError, match="too little room for [0-9,]+ bytes of cifar-10-python.tar.gz"):
+    with pytest.raises(DataError, match=r"too little room for [0-9,]+ bytes of cifar-10-python.tar.gz"):
         prepare.prepare("cifar10", tmp_path / "d", None, [])
     assert server.log == []
 
@@ -224,15 +248,21 @@ def test_converting_what_one_has(prepare, server, tmp_path, write, packed, capsy
     if packed:
         source = tar_of(source, tmp_path / "mine.tar.gz")
     assert prepare.main(["cifar10", "--from", str(source), "--data-dir", str(tmp_path / "d")]) == 0
-    assert "its checksum is unknown, and it is read as it is" in capsys.readouterr().out
+    assert "its checksum says nothing; reading it all the same" in capsys.readouterr().out
     assert_is_there(tmp_path / "d")
     assert source.exists()
     assert server.log == []
 
 
+def test_it_is_kept_where_training_looks(prepare, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCNN_DATA", str(tmp_path / "d"))
+    assert prepare.main(["cifar10"]) == 0
+    assert load().name == "cifar10"
+
+
 def test_converting_the_published_archive(prepare, server, tmp_path, capsys):
     assert prepare.main(["cifar10", "--from", str(tmp_path / "made" / NAME), "--data-dir", str(tmp_path / "d")]) == 0
-    assert "checksum is unknown" not in capsys.readouterr().out
+    assert "checksum says nothing" not in capsys.readouterr().out
 
 
 def test_a_bad_source_leaves_what_was_there(prepare, server, tmp_path, capsys):

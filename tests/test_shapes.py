@@ -70,7 +70,7 @@ def test_colour_says_nothing_about_the_class():
 
 
 def test_a_linear_model_stays_far_below_60_percent():
-    """Softmax regression on normalised pixels, long enough to fit its training images much better than the test ones."""
+    """Softmax regression on normalised pixels, long enough to fit the training images much better than others."""
     data = load("shapes", train_size=3000, test_size=1000, val=0)
 
     def pixels(split):

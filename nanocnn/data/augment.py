@@ -14,9 +14,7 @@ from ..kernels.random import random_bits
 from .datasets import DataError, Split
 
 STREAM = 0xDA7A  # of the random bits; dropout uses others
-BLOCK = (
-    32  # images at a time: the tables of a whole batch go back to the system each time, and page faults cost the most
-)
+BLOCK = 32  # images at a time: larger tables are given back to the system each time, and page faults cost the most
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Augment:
         smallest = min(images.shape[1:3])
         if not 0 <= self.pad < smallest or not 0 <= self.cutout <= smallest:
             raise DataError(
-                f"pad {self.pad} and cutout {self.cutout} do not fit images of {images.shape[1]} x {images.shape[2]} pixels; "
-                f"expected a pad of 0 to {smallest - 1} and a cutout of 0 to {smallest}"
+                f"pad {self.pad} and cutout {self.cutout} do not fit images of {images.shape[1]} x {images.shape[2]} "
+                f"pixels; expected a pad of 0 to {smallest - 1} and a cutout of 0 to {smallest}"
             )
 
 
@@ -50,7 +48,7 @@ def load_batch(
     epoch: int = 0,
     dtype: type = np.float32,
 ) -> np.ndarray:
-    """Images `samples` (n,) of a split, augmented and normalised: (n, H, W, C) of `dtype`. NumPy only, for any thread."""
+    """Images `samples` (n,) of a split, augmented and normalised: (n, H, W, C). NumPy only, so that any thread may."""
     images = split.images
     x = np.empty((len(samples), *images.shape[1:]), dtype)
     scale, shift = _per_value(split, dtype)

@@ -57,6 +57,7 @@ class Split:
 
     def __post_init__(self) -> None:
         check(Part(self.images, self.labels), len(self.classes), self.source)
+        object.__setattr__(self, "images", np.ascontiguousarray(self.images))  # batches are gathered from flat pixels
         channels = self.images.shape[3]
         if np.shape(self.mean) != (channels,) or np.shape(self.std) != (channels,):
             raise DataError(
@@ -109,7 +110,8 @@ def folders(data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """
     named = data_dir if data_dir is not None else os.environ.get(ENVIRONMENT)
     if not named:
-        return list(HERE)
+        here, *others = HERE
+        return [here, *(p for p in others if p.is_dir() and p.resolve() != here.resolve())]
     if not Path(named).exists():
         origin = "--data-dir" if data_dir is not None else f"${ENVIRONMENT}"
         raise DataError(f"{named}: no such file or folder ({origin}); name the folder that holds the data")
@@ -207,8 +209,8 @@ def _take_off(part: Part, val: float | int, seed: int) -> tuple[Part, Part]:
     count = round(val * n) if 0 <= val < 1 else val
     if not 0 <= count < n or count != int(count):
         raise DataError(
-            f"a validation set of {val} cannot be taken off {n} training images; expected a fraction from 0 to below 1, "
-            f"or a number of images below {n} (--val)"
+            f"a validation set of {val} cannot be taken off {n} training images; expected a fraction from 0 to below "
+            f"1, or a number of images below {n} (--val)"
         )
     if count == 0:
         return part, Part(part.images[:0], part.labels[:0])

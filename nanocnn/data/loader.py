@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +21,8 @@ prefetch_switch = Switch(
 )
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """This rank's share of a global batch.
 
     x: float (n, H, W, C), normalised, C-contiguous. y: int64 (n,) labels. index: int64 (n,) sample numbers in the

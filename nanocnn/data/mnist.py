@@ -73,7 +73,7 @@ def _idx_file(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(folder: Path, name: str, item: tuple[int, ...]) -> np.ndarray:
-    """uint8 (N, *item). The header of an idx file: 0, 0, 8 for uint8, the number of dimensions, each as big-endian 32 bits."""
+    """uint8 (N, *item). An idx file begins with 0, 0, 8 (for uint8), the number of dimensions, and each in 4 bytes."""
     path = _idx_file(folder, name)
     if path is None:
         raise DataError(f"{folder / name}: not there, with or without .gz; get it: {_GET}")

@@ -70,7 +70,7 @@ def as_array(value: Any, where: object) -> np.ndarray:
 def _run(raw: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
         start = marks.pop()
@@ -129,7 +129,7 @@ def _run(raw: bytes) -> Any:
                 stack.append(memo[argument])
             case "GLOBAL" | "STACK_GLOBAL":
                 if instruction.name == "GLOBAL":
-                    module, _, name = argument.partition(" ")
+                    module, _, name = str(argument).partition(" ")
                 else:
                     name, module = stack.pop(), stack.pop()
                 if not isinstance(module, str) or not isinstance(name, str):

@@ -6,8 +6,8 @@ size, place, turn, clutter, light and noise are drawn alike for all ten classes,
 its ground as lighter. So no pixel says anything alone, a linear model learns next to nothing, and a network has to
 find edges, corners and holes.
 
-Image i depends on (seed, stream, i) only, whatever else is made with it, and each pixel is made of + - * / sqrt, min
-and max, which every machine rounds alike.
+Image i depends on (seed, split, i) only, whatever else is made with it. What is done for each pixel is + - * / sqrt,
+min and max, which every machine rounds alike; the few sines are taken once an image.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _turn(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _cover(distance: Plane, blur: np.ndarray) -> Plane:
+def _cover(distance: Plane, blur: np.ndarray | float) -> Plane:
     """How much of each pixel lies inside an outline at this distance (in pixels)."""
     return np.clip(0.5 - distance / blur, 0, 1)
 
@@ -207,7 +207,7 @@ def _stroke(draw: _Draws, px: np.ndarray, py: np.ndarray) -> Plane:
     cos, sin = _turn(draw())
     along, across = cos * x + sin * y, cos * y - sin * x
     along = np.maximum(abs(along) - draw(0, 6), 0)
-    return _cover(np.sqrt(along * along + across * across) - draw(0.7, 2), np.float32(1))
+    return _cover(np.sqrt(along * along + across * across) - draw(0.7, 2), 1.0)
 
 
 def _grain(seed: int) -> np.ndarray:

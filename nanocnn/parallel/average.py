@@ -63,7 +63,7 @@ class GradientAverager:
             for p in bucket.params:
                 p.on_grad = self._on_grad
         self._shortage: str | None = None  # why there can be no window, once we know
-        comm.at_leave(self.close)
+        self._stay = comm.at_leave(self.close)
         self._begin()
 
     @staticmethod
@@ -118,6 +118,7 @@ class GradientAverager:
                 p.on_grad = None
         while self._reducers:
             self._reducers.popitem()[1].close()
+        self._stay()
 
     # ---------------------------------------------------------------- one step
 

@@ -10,34 +10,18 @@ from ..buckets import Bucket
 from .mpi import MPI, chunks
 
 
-class AllreduceReducer:
-    """Sums a bucket when it leaves, and waits for it: no overlap, whatever the switch says."""
-
-    def __init__(self, comm: MPI, buckets: Sequence[Bucket]):
-        self.comm, self.buckets = comm, buckets
-
-    def leave(self, index: int) -> None:
-        self.comm.all_reduce(self.buckets[index].grad)
-
-    def move(self) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class IallreduceReducer:
     """Starts to sum a bucket when it leaves. MPI works only while it is called, and so `move()` calls it."""
 
     def __init__(self, comm: MPI, buckets: Sequence[Bucket]):
         self.comm, self.buckets = comm, buckets
+        # A communicator of its own: a rank may still have buckets to send when another is in the script's next call.
+        self.world = comm.world.Dup()
         self.under_way: deque[Any] = deque()
 
     def leave(self, index: int) -> None:
-        self.under_way.extend(map(self.comm.start_all_reduce, chunks(self.buckets[index].grad)))
+        for chunk in chunks(self.buckets[index].grad):
+            self.under_way.append(self.world.Iallreduce(self.comm.mpi.IN_PLACE, chunk))
 
     def move(self) -> None:
         """One look at the oldest message moves them all; those that have arrived are forgotten."""
@@ -52,4 +36,13 @@ class IallreduceReducer:
         self.comm.wait_until(over, "averager.finish()")
 
     def close(self) -> None:
-        pass
+        self.world.Free()
+
+
+class AllreduceReducer(IallreduceReducer):
+    """Sums a bucket when it leaves, and waits for it: one message at a time, and nothing overlaps."""
+
+    def leave(self, index: int) -> None:
+        for chunk in chunks(self.buckets[index].grad):
+            self.under_way.append(self.world.Iallreduce(self.comm.mpi.IN_PLACE, chunk))
+            self.wait()

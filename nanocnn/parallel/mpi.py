@@ -81,9 +81,13 @@ class MPI(Comm):
             )
             self.abort(1)
 
-    def at_leave(self, close: Callable[[], None]) -> None:
-        """Call `close()`, which may be collective, when all ranks are about to end; the last registered goes first."""
+    def at_leave(self, close: Callable[[], None]) -> Callable[[], None]:
+        """Call `close()`, which may be collective, when all ranks are about to end; the last registered goes first.
+
+        Returns what withdraws it.
+        """
         self._at_leave.append(close)
+        return lambda: self._at_leave.remove(close) if close in self._at_leave else None
 
     def _leave(self) -> None:
         """Say that we have ended, and wait for the others to say so: asleep, while MPI_Finalize would spin.
@@ -99,11 +103,12 @@ class MPI(Comm):
         requests += [self.world.Irecv(nothing, r, LEFT) for r in others]
         while not self.mpi.Request.Testall(requests):
             time.sleep(0.002)
-        for close in reversed(self._at_leave):
+        for close in self._at_leave[::-1]:
             close()
 
     def abort(self, code: int = 1) -> NoReturn:
         flush()
+        time.sleep(0.2)  # for the launcher to pass on what was just said: it drops what is still in its pipes
         self.mpi.COMM_WORLD.Abort(code)
         time.sleep(1)  # MPICH's may return, and the launcher's signal come a little later
         os._exit(code)
@@ -123,12 +128,8 @@ class MPI(Comm):
     def all_reduce(self, array: np.ndarray) -> np.ndarray:
         with _flat(summable(array)) as flat:
             for chunk in chunks(flat):
-                self.wait_until(self.start_all_reduce(chunk).Test, "all_reduce")
+                self.wait_until(self.world.Iallreduce(self.mpi.IN_PLACE, chunk).Test, "all_reduce")
         return array
-
-    def start_all_reduce(self, chunk: np.ndarray) -> Any:
-        """Begin to sum a contiguous array in place; returns the request, which moves only while we call `Test()`."""
-        return self.world.Iallreduce(self.mpi.IN_PLACE, chunk)
 
     def any(self, flag: bool) -> bool:
         return bool(self.all_reduce(np.array([bool(flag)], np.int32))[0])

@@ -14,6 +14,7 @@ of the summands is the order of the ranks, whoever comes first, so that equal gr
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,17 +56,22 @@ def shortage(comm: MPI, buckets: Sequence[Bucket]) -> str:
     if comm.local_size < comm.size:
         return f"the ranks are on {len(comm.hosts)} hosts, and a shared-memory window spans one"
     needed = sum(_layout(buckets)) * comm.local_size
-    try:
-        disk = os.statvfs(SHM)
-        free = comm.broadcast_object(disk.f_bavail * disk.f_frsize)
-    except OSError:  # not Linux
-        free = comm.broadcast_object(needed)
+    free = comm.broadcast_object(free_bytes())
     if free < needed:  # a rank that writes beyond would die by SIGBUS, without a word
         return (
             f"{SHM} has {free >> 20} MB free of the {-(-needed >> 20)} MB that the gradients of {comm.local_size} "
             "ranks need (in a container: docker run --shm-size)"
         )
     return ""
+
+
+def free_bytes() -> int:
+    """What shared memory still has room for."""
+    try:
+        disk = os.statvfs(SHM)
+    except OSError:  # not Linux
+        return sys.maxsize
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else sys.maxsize  # 0 blocks: no limit
 
 
 class WindowReducer:

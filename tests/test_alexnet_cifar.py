@@ -1,0 +1,231 @@
+"""The main job as its users run it: alone and under mpiexec, interrupted, killed, resumed, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import ROOT, Outcome, finish, mpiexec, start
+
+from nanocnn import checkpoint
+
+SCRIPT = ROOT / "experiments" / "alexnet_cifar.py"
+SMALL = ("--data", "shapes", "--train-images", "356", "--width", "0.1", "--batch-size", "32", "--epochs", "2")
+
+
+def launch(ranks: int, runs: Path, *options: str, **extra: str):
+    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
+    return start([*launcher, sys.executable, str(SCRIPT), "--runs", str(runs), *SMALL, *options], **extra)
+
+
+def run(ranks: int, runs: Path, *options: str, timeout: float = 120, **extra: str) -> Outcome:
+    return finish(launch(ranks, runs, *options, **extra), timeout)
+
+
+def final_state(folder: Path) -> dict:
+    path = checkpoint.latest(folder / "checkpoints")
+    assert path is not None
+    return checkpoint.load(path)
+
+
+def assert_bit_equal(a: dict, b: dict) -> None:
+    assert a["position"]["step"] == b["position"]["step"]
+    for name, array in a["model"].items():
+        np.testing.assert_array_equal(array, b["model"][name], err_msg=name)
+    for name, array in a["optimizer"]["state"]["momentum_buffer"].items():
+        np.testing.assert_array_equal(array, b["optimizer"]["state"]["momentum_buffer"][name], err_msg=name)
+
+
+def test_one_rank_and_four_learn_the_same(tmp_path):
+    """20 steps, with dropout and augmentation: equal within rounding, since only the order of sums differs."""
+    for ranks, name in ((0, "alone"), (4, "four")):
+        outcome = run(ranks, tmp_path, "--name", name)
+        assert outcome.status == 0, outcome.output
+        assert "\x1b" not in outcome.output
+        assert re.search(r"epoch 2/2  loss \d.*train .*val .*test .*images/s  comm .*%", outcome.output)
+        assert re.search(r"accuracy .*precision .*recall .*F1", outcome.output)
+        assert re.search(r"training .* prediction .*images/s", outcome.output)
+    alone, four = final_state(tmp_path / "alone"), final_state(tmp_path / "four")
+    assert alone["position"]["step"] == four["position"]["step"] == 20
+    for name, array in alone["model"].items():
+        np.testing.assert_allclose(four["model"][name], array, rtol=0, atol=1e-5, err_msg=name)
+    for name in ("alone", "four"):
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["status"] == "finished"
+        assert np.sum(result["test"]["confusion"]) == 2000
+        assert {"seed", "choices", "variants", "machine", "history", "config", "test"} <= set(result)
+        assert result["variants"]["conv2d"] == ["blocked"]
+        assert len((tmp_path / name / "metrics.csv").read_text().splitlines()) == 3
+        assert (tmp_path / name / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+BREAKABLE = ("--batch-norm", "--train-images", "1200", "--epochs", "3", "--ema", "0.99")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    outcome = run(2, folder, "--name", "run", *BREAKABLE)
+    assert outcome.status == 0, outcome.output
+    return folder / "run"
+
+
+def wait_for_second_epoch(process, folder: Path) -> None:
+    """Until the first epoch's checkpoint is on the disk, and a little longer."""
+    deadline = time.monotonic() + 60
+    while not list((folder / "checkpoints").glob("*.h5")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.15)
+
+
+def ranks_of(runs: Path) -> list[int]:
+    """Process numbers of the Python ranks that write below `runs`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if os.fsencode(runs) in words and os.fsencode(sys.executable) == words[0]:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint_and_resume_goes_on_bit_for_bit(tmp_path, unbroken, number):
+    process = launch(2, tmp_path, "--name", "run", *BREAKABLE)
+    wait_for_second_epoch(process, tmp_path / "run")
+    process.send_signal(number)
+    outcome = finish(process, 30)
+    assert outcome.status != 0
+    assert "--resume" in outcome.output
+    assert final_state(tmp_path / "run")["position"]["step"] < final_state(unbroken)["position"]["step"]
+    outcome = run(2, tmp_path, "--name", "run", *BREAKABLE, "--resume")
+    assert outcome.status == 0, outcome.output
+    assert "resuming in epoch" in outcome.output
+    assert_bit_equal(final_state(tmp_path / "run"), final_state(unbroken))
+
+
+def test_a_rank_killed_in_the_middle_of_an_epoch(tmp_path, unbroken):
+    process = launch(2, tmp_path, "--name", "run", *BREAKABLE)
+    wait_for_second_epoch(process, tmp_path / "run")
+    os.kill(ranks_of(tmp_path)[-1], signal.SIGKILL)
+    outcome = finish(process, 20)
+    assert outcome.status != 0
+    assert outcome.seconds < 10
+    outcome = run(2, tmp_path, "--name", "run", *BREAKABLE, "--resume")
+    assert outcome.status == 0, outcome.output
+    assert_bit_equal(final_state(tmp_path / "run"), final_state(unbroken))
+
+
+def test_another_number_of_ranks_can_resume(tmp_path):
+    assert run(2, tmp_path, "--name", "run", "--batch-norm").status == 0
+    outcome = run(0, tmp_path, "--name", "run", "--batch-norm", "--epochs", "3", "--resume")
+    assert outcome.status == 0, outcome.output
+    assert final_state(tmp_path / "run")["position"]["step"] == 30
+
+
+def test_alone_it_needs_no_mpi4py_and_profiles(tmp_path):
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("raise AssertionError('mpi4py was imported')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    outcome = run(0, tmp_path, "--profile", "4", "--use", "conv2d=reference", PYTHONPATH=path)
+    assert outcome.status == 0, outcome.output
+    assert "conv2d=reference" in outcome.output
+    assert "By layer" in outcome.output
+    trace = json.loads((tmp_path / "alexnet-shapes" / "trace.json").read_text())
+    kinds = {event.get("cat") for event in trace["traceEvents"]}
+    assert {"forward", "backward", "kernel", "layer", "data", "update"} <= kinds
+
+
+def test_a_second_run_gets_a_folder_of_its_own_and_resume_takes_the_last(tmp_path):
+    for expected in ("alexnet-shapes", "alexnet-shapes-2"):
+        assert run(0, tmp_path).status == 0
+        assert (tmp_path / expected / "result.json").exists()
+    outcome = run(0, tmp_path, "--resume", "--epochs", "3")
+    assert outcome.status == 0, outcome.output
+    assert final_state(tmp_path / "alexnet-shapes-2")["position"]["epoch"] == 3
+    assert not (tmp_path / "alexnet-shapes-3").exists()
+
+
+def test_early_stopping_ends_with_the_best_weights(tmp_path):
+    outcome = run(0, tmp_path, "--patience", "1", "--epochs", "20", "--lr", "1e-9")
+    assert outcome.status == 0, outcome.output
+    assert len((tmp_path / "alexnet-shapes" / "metrics.csv").read_text().splitlines()) < 21
+
+
+# ------------------------------------------------------------------ bad input: one clear error, all ranks end
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "message"),
+    [
+        (0, ["--use", "conv2d=fastestt"], "conv2d has no choice 'fastestt'; there are: reference, blocked"),
+        (0, ["--use", "speed=on"], "unknown primitive or switch 'speed'"),
+        (0, ["--epochs", "0"], "expected a positive integer, got '0'"),
+        (0, ["--val", "0", "--patience", "3"], "--patience"),
+        (2, ["--data-dir", "/nowhere", "--data", "cifar10"], "/nowhere: no such file or folder"),
+        (2, ["--batch-size", "1000"], "a batch of 1000 is larger than the 320 images"),
+        (4, ["--train-images", "3", "--val", "0", "--batch-size", "4"], "3 images for 4 ranks"),
+        (4, ["--batch-size", "2"], "a global batch of 2 for 4 ranks"),
+        (2, ["--lr", "1e30", "--no-augment"], "NonFiniteLoss"),
+    ],
+)
+def test_bad_options(tmp_path, ranks, options, message):
+    outcome = run(ranks, tmp_path, *options, timeout=40)
+    assert outcome.status != 0
+    assert message in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    outcome = run(2, tmp_path / "file" / "runs", timeout=40)
+    assert outcome.status != 0
+    assert "RecordError: cannot write" in outcome.output
+
+
+def test_what_a_run_left_is_neither_overwritten_nor_mixed(tmp_path):
+    assert run(0, tmp_path, "--name", "run", "--epochs", "1").status == 0
+    before = final_state(tmp_path / "run")
+    for options, message in (
+        ([], "holds a run: --resume goes on with it"),
+        (["--resume", "--width", "0.2"], "CheckpointError"),
+        (["--resume", "--seed", "1"], "seed was 0, now 1"),
+        (["--resume", "--optimizer", "adam"], "CheckpointError"),
+        (["--resume", "--epochs", "2", "--lr", "1e30"], "NonFiniteLoss"),
+    ):
+        outcome = run(0, tmp_path, "--name", "run", *options)
+        assert outcome.status != 0
+        assert message in outcome.output
+        assert_bit_equal(final_state(tmp_path / "run"), before)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tmp_path):
+    """A limit on the size of files stands in for the full disk: the write fails in the middle, as root and not."""
+    process = launch(2, tmp_path, "--name", "run", *BREAKABLE)
+    wait_for_second_epoch(process, tmp_path / "run")
+    for rank in ranks_of(tmp_path):
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    outcome = finish(process, 30)
+    assert outcome.status != 0
+    assert "CheckpointError" in outcome.output
+    state = final_state(tmp_path / "run")
+    assert 0 < state["position"]["epoch"] < 3
+
+
+def test_help_teaches():
+    outcome = finish(start([sys.executable, str(SCRIPT), "--help"]))
+    assert outcome.status == 0
+    for words in ("mpiexec -n 4", "--resume", "--width", "--use", "python -m nanocnn switches", "(default: 128)"):
+        assert words in " ".join(outcome.output.split())
