@@ -217,14 +217,12 @@ class RunExists(RuntimeError):
 def compile_kernels(
     args: argparse.Namespace, make_model: Callable[..., nc.nn.Module], data: DataSet, comm: Comm
 ) -> None:
-    """Let one rank of each host take a step with a tiny model: what Numba compiles for it, the others find in its cache.
+    """Let one rank of each host take a step with a tiny model: what Numba compiles, the others find in its cache.
 
     Four ranks that compile the same kernels on two cores at once take four times as long, and say nothing meanwhile.
     """
     if comm.local_rank == 0:
-        patience = threading.Timer(
-            2, print, ["compiling kernels, once on this machine (up to a minute)"], {"flush": True}
-        )
+        patience = threading.Timer(2, print, ["compiling kernels, once (up to a minute)"], {"flush": True})
         patience.start()
         model = make_model(width=1 / 64)
         optimizer = make_optimizer(args, model)

@@ -67,7 +67,6 @@ def im2col_into(cols, x, kernel, stride, padding, dilation):
 
 @njit(parallel=True, cache=True)
 def _im2col(x, cols, sh, sw, ph, pw, dh, dw):
-    _, h, w, _ = x.shape
     n, oh, ow, kh, kw, _ = cols.shape
     for row in prange(n * oh):
         image, top = row // oh, row % oh * sh - ph

@@ -110,7 +110,8 @@ class Module:
 
         Call it before the optimiser is made: the optimiser lays the parameters out in buckets.
         """
-        for _, item in [*self.named_parameters(), *self.named_buffers()]:
+        both: list[tuple[str, Any]] = [*self.named_parameters(), *self.named_buffers()]
+        for _, item in both:
             if where in ("cpu", "cuda"):
                 item.data = to_device(item.data, where)
             elif item.data.dtype.kind == "f":
@@ -126,10 +127,14 @@ class Module:
 
     def state_dict(self) -> dict[str, Any]:
         """{name: array} of parameters and buffers: the arrays themselves, not copies."""
-        return {name: item.data for name, item in [*self.named_parameters(), *self.named_buffers()]}
+        both: list[tuple[str, Any]] = [*self.named_parameters(), *self.named_buffers()]
+        return {name: item.data for name, item in both}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy `state` into the parameters and buffers. Raises ValueError, and changes nothing, if names or shapes differ."""
+        """Copy `state` into the parameters and buffers.
+
+        Raises ValueError, and changes nothing, if names or shapes differ.
+        """
         mine = self.state_dict()
         wrong = [f"missing: {name} {mine[name].shape}" for name in mine if name not in state]
         wrong += [f"unexpected: {name} {np.shape(state[name])}" for name in state if name not in mine]
@@ -166,7 +171,7 @@ class Sequential(Module):
         return self.modules_in_order[i]
 
 
-def like(p: Parameter | None, x: Tensor) -> Tensor | None:
+def like(p: Parameter | None, x: Tensor) -> Any:
     """A parameter in the dtype of the layer's input, which is the layer's precision; the parameter keeps its own."""
     return None if p is None else F.cast(p, x.dtype)
 
@@ -209,7 +214,7 @@ class Conv2d(Module):
         shape = (*kernel, in_channels // groups, out_channels)
         self.weight = Parameter(init.kaiming_uniform(rng, shape, fan_in))
         self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
-        self.geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        self.geometry: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, like(self.weight, x), like(self.bias, x), **self.geometry)

@@ -17,8 +17,11 @@ CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
 VARIANTS = list(dispatch.primitives["conv2d"].variants)
 
 
+SIZES, GROUPS = st.integers(1, 4), st.integers(1, 3)
+
+
 @st.composite
-def geometries(draw, kernels=st.integers(1, 4), groups=st.integers(1, 3)):
+def geometries(draw, kernels=SIZES, groups=GROUPS):
     """(x, w, b) in float64 and the keywords of conv2d, for a geometry in which at least one window fits."""
     pairs = lambda numbers: (draw(numbers), draw(numbers))  # noqa: E731
     kernel, stride, padding, dilation = (
@@ -40,8 +43,8 @@ def geometries(draw, kernels=st.integers(1, 4), groups=st.integers(1, 3)):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_gradients(variant, data):
-    kernels = st.just(1) if variant == "pointwise" else st.integers(1, 4)
-    groups = st.just(1) if variant in ("blocked", "pointwise") else st.integers(1, 3)
+    kernels = st.just(1) if variant == "pointwise" else SIZES
+    groups = st.just(1) if variant in ("blocked", "pointwise") else GROUPS
     arrays, geometry = data.draw(geometries(kernels, groups))
     if variant == "pointwise":
         geometry |= dict(stride=1, padding=0)

@@ -34,9 +34,10 @@ def conv2d(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """(N, H, W, C), (KH, KW, C/groups, O), (O,) -> (N, OH, OW, O), OH = (H + 2 padding - dilation (KH-1) - 1) // stride + 1.
+    """(N, H, W, C), (KH, KW, C/groups, O), (O,) -> (N, OH, OW, O).
 
-    Raises ValueError on shapes that do not fit, TypeError on dtypes that differ.
+    OH = (H + 2 padding - dilation (KH - 1) - 1) // stride + 1, and OW likewise. Raises ValueError on shapes that do not
+    fit, TypeError on dtypes that differ.
     """
     if x.ndim != 4 or w.ndim != 4:
         raise ValueError(

@@ -37,6 +37,10 @@ class AlexNet(nn.Module):
             norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
             return [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=not batch_norm, rng=rng), *norm, nn.ReLU()]
 
+        # Logits that start near 0 give a first loss of log(num_classes); large ones cost the first epoch to unlearn.
+        last = nn.Linear(hidden, num_classes, rng=rng)
+        last.weight.data *= 0.1
+
         self.features = nn.Sequential(
             *conv(in_channels, c1, stem_stride),
             nn.MaxPool2d(2),
@@ -55,10 +59,8 @@ class AlexNet(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(hidden, hidden, rng=rng),
             nn.ReLU(),
-            nn.Linear(hidden, num_classes, rng=rng),
+            last,
         )
-        # Logits that start near 0 give a first loss of log(num_classes); large ones cost the first epoch to unlearn.
-        self.classifier[-1].weight.data *= 0.1
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x))
