@@ -13,7 +13,8 @@ from pathlib import Path
 import nanocnn as nc
 from nanocnn.checkpoint import CheckpointError
 from nanocnn.data import Augment, DataError, DataSet, Loader
-from nanocnn.kernels.dispatch import ChoiceError, parse_use
+from nanocnn.kernels import tuned
+from nanocnn.kernels.dispatch import ChoiceError, choices_in_force, parse_use
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.profile import Profile, merge_traces
@@ -220,18 +221,22 @@ def compile_kernels(
     """Let one rank of each host take a step with a tiny model: what Numba compiles, the others find in its cache.
 
     Four ranks that compile the same kernels on two cores at once take four times as long, and say nothing meanwhile.
+    With `--use tuned` the model and the batch have their real sizes, and all ranks get rank 0's choices.
     """
+    tuning = "tuned" in choices_in_force().values()
     if comm.local_rank == 0:
         patience = threading.Timer(2, print, ["compiling kernels, once (up to a minute)"], {"flush": True})
         patience.start()
-        model = make_model(width=1 / 64)
+        model = make_model(width=args.width if tuning else 1 / 64)
         optimizer = make_optimizer(args, model)
-        batch = next(Loader(data.train, 2, augment=make_augment(args, data), prefetch=0).epoch(0))
+        images = min(len(data.train), max(2, args.batch_size // comm.size if tuning else 2))
+        batch = next(Loader(data.train, images, augment=make_augment(args, data), prefetch=0).epoch(0))
         averager = GradientAverager(optimizer.buckets, Alone())
         train_step(model, batch, optimizer, 0.0, averager, label_smoothing=args.label_smoothing, clip=args.clip)
         evaluate(model, [batch], len(data.classes), averager.comm)
         patience.cancel()
-    comm.barrier()
+    tuned.choices.update(comm.broadcast_object(tuned.choices))
+    tuned.measuring = comm.size == 1
 
 
 # Errors whose message says all that there is to say: a traceback would only hide it.

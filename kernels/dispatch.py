@@ -16,10 +16,7 @@ named choice that is no kernel. `using()` chooses, `board()` lists; nothing else
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -287,7 +284,9 @@ class Primitive:
         if choice == "reference":
             return self.variants["reference"]
         if choice == "tuned" and not self.inplace:
-            return _tuned(self, args, kwargs)
+            from . import tuned  # which measures, and so needs what is defined here
+
+            return tuned.choose(self, args, kwargs)
         device = _device_of_call(args, kwargs)
         if choice in POLICIES:
             for variant in reversed(self.variants.values()):
@@ -297,7 +296,7 @@ class Primitive:
         if variant.device not in (None, device) or not variant.supports(*args, **kwargs):
             able = ", ".join(v.name for v in self.candidates(*args, **kwargs))
             raise ChoiceError(
-                f"{self.name}={choice} cannot do this call: {_describe(args, kwargs)} on {device}; "
+                f"{self.name}={choice} cannot do this call: {describe(args, kwargs)} on {device}; "
                 f"variants that can: {able} ({variant.place})"
             )
         return variant
@@ -315,7 +314,7 @@ class Primitive:
         finally:
             stop = time.perf_counter()
             flops, moved = self.count_work(*args, **kwargs) if self.count_work else (0, 0)
-            shapes = _describe(args, kwargs)
+            shapes = describe(args, kwargs)
             active.leave(start, stop, variant=variant.name, flops=flops, bytes=moved, shapes=shapes)
 
     def __repr__(self) -> str:
@@ -334,7 +333,7 @@ def _device_of_call(args: tuple, kwargs: dict) -> str:
     return next((device_of(a) for a in kwargs.values() if hasattr(a, "dtype")), "cpu")
 
 
-def _describe(args: tuple, kwargs: dict) -> str:
+def describe(args: tuple, kwargs: dict) -> str:
     """A call in words: shapes and dtypes of arrays, the values of the rest. Also the key of a tuned choice."""
 
     def word(a: Any) -> str:
@@ -343,56 +342,6 @@ def _describe(args: tuple, kwargs: dict) -> str:
         return f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") and hasattr(a, "shape") else repr(a)
 
     return ", ".join([*map(word, args), *(f"{k}={word(v)}" for k, v in kwargs.items())])
-
-
-# ------------------------------------------------------------------ "tuned": measured once for each shape
-
-tuned_choices: dict[str, str] = {}  # "conv2d(float32[128, 8, 8, 64], ...)" -> variant
-measure_when_tuning = True  # ranks other than 0 are given rank 0's table and measure nothing
-
-
-def tuned_file() -> Path:
-    """Where tuned choices are kept: one file for each processor and thread count, under $NANOCNN_CACHE or ~/.cache."""
-    from . import threads
-
-    machine = hashlib.sha256(f"{threads.processor()} {threads.count()}".encode()).hexdigest()[:12]
-    root = os.environ.get("NANOCNN_CACHE") or Path.home() / ".cache" / "nanocnn"
-    return Path(root) / f"tuned-{machine}.json"
-
-
-def _tuned(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
-    if not tuned_choices:
-        # no file, no home folder, no JSON, no dict: each means that nothing was measured yet
-        with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
-            tuned_choices.update({key: str(name) for key, name in json.loads(tuned_file().read_text()).items()})
-    key = f"{primitive.name}({_describe(args, kwargs)})"
-    candidates = {v.name: v for v in primitive.candidates(*args, **kwargs)}
-    if tuned_choices.get(key) in candidates:
-        return candidates[tuned_choices[key]]
-    if not measure_when_tuning or len(candidates) == 1:
-        return [v for v in candidates.values() if v.auto][-1]
-    times = {}
-    with paused():
-        for variant in candidates.values():
-            runs = []
-            for _ in range(4):  # the first compiles
-                start = time.perf_counter()
-                variant.body(*args, **kwargs)
-                runs.append(time.perf_counter() - start)
-            times[variant.name] = min(runs[1:])
-    tuned_choices[key] = min(times, key=times.__getitem__)
-    _keep_tuned()
-    return candidates[tuned_choices[key]]
-
-
-def _keep_tuned() -> None:
-    """Write the table beside its place and rename it there; a cache that cannot be written costs only the measuring."""
-    with contextlib.suppress(OSError, RuntimeError):
-        path = tuned_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(tuned_choices, indent=1, sort_keys=True))
-        os.replace(beside, path)
 
 
 # ------------------------------------------------------------------ recording: what ran, when

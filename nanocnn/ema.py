@@ -9,7 +9,8 @@ from typing import Any
 from .buckets import Bucket
 from .kernels.dispatch import span
 from .kernels.update import ema_update
-from .optim import copy_by_name, named_views
+from .optim import named_views
+from .state import copy_by_name
 
 
 class EMA:

@@ -17,7 +17,8 @@ from . import functional as F
 from . import init, random, tensor
 from .functional.geometry import Pair, pair
 from .kernels import dispatch
-from .kernels.dispatch import to_device, xp_of
+from .kernels.dispatch import to_device
+from .state import copy_by_name
 from .tensor import Tensor
 
 
@@ -135,19 +136,7 @@ class Module:
 
         Raises ValueError, and changes nothing, if names or shapes differ.
         """
-        mine = self.state_dict()
-        wrong = [f"missing: {name} {mine[name].shape}" for name in mine if name not in state]
-        wrong += [f"unexpected: {name} {np.shape(state[name])}" for name in state if name not in mine]
-        wrong += [
-            f"{name}: expected shape {mine[name].shape}, got {np.shape(state[name])}"
-            for name in mine
-            if name in state and mine[name].shape != np.shape(state[name])
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-            raise ValueError(f"this state is not of this {type(self).__name__}: " + "; ".join(wrong[:8]) + more)
-        for name, array in mine.items():
-            array[...] = xp_of(array).asarray(state[name])
+        copy_by_name(f"the state of {type(self).__name__}", self.state_dict(), state)
 
 
 class Sequential(Module):

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .buckets import DEFAULT_BYTES, Bucket, make_buckets
 from .kernels.dispatch import span, xp_of
 from .kernels.update import adagrad_update, adam_update, lars_update, scale_, sgd_update, sum_of_squares
+from .state import copy_by_name
 from .tensor import Tensor
 
 
@@ -366,19 +365,3 @@ def named_views(bucket: Bucket, flat: Any) -> dict[str, Any]:
         name: flat[where].reshape(p.shape)
         for name, p, where in zip(bucket.names, bucket.params, bucket.slices, strict=True)
     }
-
-
-def copy_by_name(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Copy `theirs` into the arrays `mine`. Raises ValueError, and copies nothing, if names or shapes differ."""
-    wrong = [f"missing: {name} {mine[name].shape}" for name in mine if name not in theirs]
-    wrong += [f"unexpected: {name} {np.shape(theirs[name])}" for name in theirs if name not in mine]
-    wrong += [
-        f"{name}: expected shape {mine[name].shape}, got {np.shape(theirs[name])}"
-        for name in mine
-        if name in theirs and mine[name].shape != np.shape(theirs[name])
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{what} cannot be loaded from this: " + "; ".join(wrong[:8]) + more)
-    for name, array in mine.items():
-        array[...] = xp_of(array).asarray(theirs[name])

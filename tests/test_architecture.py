@@ -19,10 +19,11 @@ SEES = {
     "buckets": {"kernels.dispatch", "tensor"},
     "functional": {*CORE, "functional"},
     "init": CORE,
-    "nn": {*CORE, "init", "functional"},
+    "nn": {*CORE, "init", "functional", "state"},
+    "state": {"kernels.dispatch"},
     "models": {*CORE, "init", "functional", "nn", "models"},
 }
-BESIDE = "optim schedules parallel data checkpoint profile doctor ema early_stopping metrics progress record precision"
+BESIDE = "optim schedules parallel data checkpoint profile doctor machine ema early_stopping metrics progress record precision"
 NEVER = {  # these see arrays, tensors and the board: what they must not reach for
     name: {"functional", "nn", "models", "train"} for name in BESIDE.split()
 }

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from nanocnn.kernels import dispatch
+from nanocnn.kernels import dispatch, tuned
 from nanocnn.kernels.dispatch import (
     ChoiceError,
     DeviceError,
@@ -30,7 +30,7 @@ x32, x64 = np.ones(4, np.float32), np.ones(4, np.float64)
 def clean(monkeypatch, tmp_path):
     """Whatever a test registers or chooses is gone after it, and tuned choices go to a folder of its own."""
     monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "tuned_choices", {})
+    monkeypatch.setattr(tuned, "choices", {})
     primitives, switches = dict(dispatch.primitives), dict(dispatch.switches)
     before = dispatch._policy, dispatch._choices
     yield
@@ -267,15 +267,15 @@ def test_tuned_measures_each_shape_once_and_keeps_the_quickest(runners):
         assert ran == {"reference": 4, "middle": 5, "last": 4}
         primitive(np.ones(5, np.float32))  # another shape is another question
         assert ran["last"] == 8
-    kept = json.loads(dispatch.tuned_file().read_text())
+    kept = json.loads(tuned.file().read_text())
     assert kept == {"disp_tuned(float32[4])": "middle", "disp_tuned(float32[5])": "middle"}
-    assert [p.name for p in dispatch.tuned_file().parent.iterdir()] == [dispatch.tuned_file().name]
+    assert [p.name for p in tuned.file().parent.iterdir()] == [tuned.file().name]
 
 
 def test_tuned_takes_up_the_file(runners, monkeypatch):
     primitive, ran = runners
-    dispatch.tuned_file().parent.mkdir(parents=True)
-    dispatch.tuned_file().write_text(json.dumps({"disp_tuned(float32[4])": "last"}))
+    tuned.file().parent.mkdir(parents=True)
+    tuned.file().write_text(json.dumps({"disp_tuned(float32[4])": "last"}))
     with using("tuned"):
         assert primitive.choose(x32).name == "last"
     assert sum(ran.values()) == 0
@@ -287,11 +287,11 @@ def test_tuned_takes_up_the_file(runners, monkeypatch):
 )
 def test_a_corrupt_tuned_file_is_measured_anew(runners, text):
     primitive, _ = runners
-    dispatch.tuned_file().parent.mkdir(parents=True)
-    dispatch.tuned_file().write_bytes(text.encode("latin-1"))
+    tuned.file().parent.mkdir(parents=True)
+    tuned.file().write_bytes(text.encode("latin-1"))
     with using("tuned"):
         assert primitive.choose(x32).name == "middle"
-    assert json.loads(dispatch.tuned_file().read_text())["disp_tuned(float32[4])"] == "middle"
+    assert json.loads(tuned.file().read_text())["disp_tuned(float32[4])"] == "middle"
 
 
 def test_a_cache_that_cannot_be_written_costs_only_the_measuring(runners, monkeypatch, tmp_path):
@@ -314,7 +314,7 @@ def test_a_user_without_a_home_is_no_error(runners, monkeypatch):
 
 
 def test_ranks_that_do_not_measure_take_the_last_automatic_rung(runners, monkeypatch, ladder):
-    monkeypatch.setattr(dispatch, "measure_when_tuning", False)
+    monkeypatch.setattr(tuned, "measuring", False)
     with using("tuned"):
         assert runners[0].choose(x32).name == "last"
         assert ladder.choose(x32).name == "quick"
@@ -362,7 +362,7 @@ def test_calls_and_spans_are_recorded(ladder, monkeypatch):
     assert recorder.log == [
         ("enter", "Conv2d", "backward"),
         ("enter", "disp_ladder", "kernel"),
-        ("leave", {"variant": "quick", "flops": 24.0, "bytes": 16}),
+        ("leave", {"variant": "quick", "flops": 24.0, "bytes": 16, "shapes": "float32[4], n=3"}),
         ("leave", {"layer": "stem"}),
     ]
 

@@ -1,0 +1,77 @@
+"""What the README says is true: its examples run, its commands are the ones that CI runs, its files exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nanocnn as nc
+from nanocnn.kernels import dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_ci_runs_the_second_command():
+    command = next(line for block in blocks("bash") for line in block.splitlines() if line.endswith("pytest"))
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_kernel_example_is_a_kernel():
+    source = next(block for block in blocks("python") if "@Primitive" in block)
+    names = {"__name__": "nanocnn.kernels.example", "__package__": "nanocnn.kernels"}
+    try:
+        exec(compile(source, "README.md", "exec"), names)
+        leaky_relu = dispatch.primitives["leaky_relu"]
+        assert list(leaky_relu.variants) == ["reference", "numba"]
+        x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+        results = {name: variant.body(x, 0.1) for name, variant in leaky_relu.variants.items()}
+        np.testing.assert_allclose(results["numba"], results["reference"], rtol=1e-6)
+        assert results["numba"].dtype == np.float32
+    finally:
+        dispatch.primitives.pop("leaky_relu", None)
+
+
+def test_the_model_example_learns():
+    source = next(block for block in blocks("python") if "class Tiny" in block)
+    names = {"images": np.ones((2, 8, 8, 3), np.float32), "labels": np.array([1, 2]), "__name__": "example"}
+    exec(compile(source, "README.md", "exec"), names)
+    assert names["loss"].item() > 0
+    assert nc.Tensor is type(names["loss"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert (folder / target).exists(), f"{page} links to {target}"
+
+
+def test_the_commands_take_their_options():
+    """Every option in a command line of ours is one that the program's --help names."""
+    lines = [line.split(" # ")[0].rstrip("\\ ") for text in PAGES.values() for line in text.splitlines()]
+    helps: dict[str, str] = {}
+    seen = 0
+    for line in lines:
+        found = re.search(r"(experiments/alexnet_cifar\.py|data/prepare\.py|-m nanocnn \w+)(( [^`|&]*)?)$", line)
+        if not found or line.startswith(("#", "@", "|")):
+            continue
+        if found[1] not in helps:
+            command = [sys.executable, *found[1].split(), "--help"]
+            outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert outcome.returncode == 0, f"{line}\n{outcome.stderr}"
+            helps[found[1]] = outcome.stdout
+        for option in re.findall(r"(?<=\s)--[a-z-]+", found[2]):
+            assert option in helps[found[1]], f"{line}: {found[1]} has no {option}"
+        seen += 1
+    assert seen >= 8
