@@ -23,7 +23,10 @@ SEES = {
     "state": {"kernels.dispatch"},
     "models": {*CORE, "init", "functional", "nn", "models"},
 }
-BESIDE = "optim schedules parallel data checkpoint profile doctor machine ema early_stopping metrics progress record precision"
+BESIDE = (
+    "optim schedules parallel data checkpoint profile doctor machine "
+    "ema early_stopping metrics progress record precision"
+)
 NEVER = {  # these see arrays, tensors and the board: what they must not reach for
     name: {"functional", "nn", "models", "train"} for name in BESIDE.split()
 }

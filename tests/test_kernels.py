@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from pathlib import Path
 
-import cases_a
-import cases_b
-import cases_conv
 import numpy as np
 import pytest
 
 from nanocnn.kernels import dispatch
 
-CASES = {**cases_conv.CASES, **cases_a.CASES, **cases_b.CASES}
+# name of a primitive -> function(rng, dtype) that returns its example calls, (args, kwargs) each
+CASES = {
+    name: calls
+    for path in sorted(Path(__file__).parent.glob("cases_*.py"))
+    for name, calls in getattr(importlib.import_module(path.stem), "CASES", {}).items()
+}
 DTYPES = (np.float32, np.float64)
 OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
 VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.name != "reference"]
