@@ -6,7 +6,7 @@ Every rank holds the whole network; the gradients are averaged while the backwar
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import nanocnn as nc  # before NumPy, whose BLAS reads at import what this sets in the environment
 from nanocnn import parallel
@@ -17,7 +17,7 @@ from nanocnn.kernels.dispatch import variants_that_ran
 from nanocnn.machine import machine_facts
 from nanocnn.metrics import Metrics, print_confusion
 from nanocnn.models import alexnet_cifar
-from nanocnn.progress import Progress, duration
+from nanocnn.progress import Progress, duration, say
 from nanocnn.record import Run, peak_memory
 from nanocnn.resume import Keeper, Position
 from nanocnn.train import evaluate, train_step
@@ -39,18 +39,14 @@ def arguments():
     model.add_argument("--batch-norm", action="store_true", help="batch norm after each convolution")
     model.add_argument("--stem-stride", type=int, choices=(1, 2), default=2, help="1 keeps the resolution: 4x the work")
     model.add_argument("--dropout", type=common.fraction, default=0.5, help="in the classifier")
-    args = parser.parse_args()
-    if args.patience and not args.val:
-        parser.error("--patience selects by the validation set, and --val 0 leaves none")
-    common.apply_choices(args, parser)
-    return args
+    return common.parse(parser)
 
 
 def train(args, comm):
     """Train, record, and return the exit status."""
     data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, train_size=args.train_images)
     if comm.rank == 0:
-        print(data.notice, flush=True)
+        say(data.notice)
     ranks = dict(rank=comm.rank, size=comm.size)
     augment = common.make_augment(args, data)
     train_batches = Loader(data.train, args.batch_size, augment=augment, shuffle=True, seed=args.seed, **ranks)
@@ -82,27 +78,39 @@ def train(args, comm):
     folder = common.run_folder(args, f"alexnet-{data.name}", comm)
     run = Run(folder, vars(args), active=comm.rank == 0)
     parts = dict(model=model, optimizer=optimizer, ema=ema, stopping=stopping)
-    keeper = Keeper(folder / "checkpoints", comm, vars(args), args.keep, **parts)
+    options = {**vars(args), "data": data.name, "images": len(data.train)}
+    keeper = Keeper(folder / "checkpoints", comm, options, args.keep, **parts)
     position = (keeper.load() if args.resume else None) or Position()
     run.load_history(until=position.epoch)
     profile = common.StepProfile(model, args.profile, folder, comm)
     if comm.rank == 0:
-        print(f"AlexNet, {sum(p.size for p in model.parameters()):,} parameters, into {folder}", flush=True)
+        say(f"AlexNet, {sum(p.size for p in model.parameters()):,} parameters, into {folder}")
         if position.step:
-            print(f"resuming in epoch {position.epoch + 1}, after {position.step} steps", flush=True)
+            say(f"resuming in epoch {position.epoch + 1}, after {position.step} steps")
+        elif args.resume:
+            say("there is no checkpoint to resume from: starting from the beginning")
+
+    def stopped(signalled):
+        """Save where we are, say how to go on, and return the exit status."""
+        keeper.save(position)
+        common.say_how_to_resume(position, comm)
+        profile.close()
+        run.finish({"status": "stopped", "step": position.step, "data": data.notice, "machine": machine_facts()})
+        return signalled.exit_code
 
     with parallel.StopRequest(announce=comm.rank == 0) as stop:
         for epoch in range(position.epoch, args.epochs):
-            start, waiting = time.perf_counter() - position.seconds, averager.seconds
+            if args.patience and stopping.waited >= args.patience:
+                break
+            start, before = time.perf_counter() - position.seconds, averager.seconds - position.waiting
             label = f"epoch {epoch + 1}/{args.epochs}"
             with Progress(len(train_batches), label, active=comm.rank == 0, done=position.batch) as bar:
                 for batch in train_batches.epoch(epoch, start=position.batch):
-                    lr = learning_rate(position.step)
                     result = train_step(
                         model,
                         batch,
                         optimizer,
-                        lr,
+                        learning_rate(position.step),
                         averager,
                         label_smoothing=args.label_smoothing,
                         clip=args.clip,
@@ -110,20 +118,24 @@ def train(args, comm):
                     )
                     if ema:
                         ema.update()
-                    position.advance(result.loss, result.correct, result.samples, time.perf_counter() - start)
+                    seconds, waiting = time.perf_counter() - start, averager.seconds - before
+                    position.advance(result.loss, result.correct, result.samples, seconds, waiting)
                     bar.update(position.batch, loss=position.mean_loss, accuracy=position.accuracy, rate=position.rate)
                     profile.tick()
                     if result.stop:
-                        keeper.save(position)
-                        common.say_how_to_resume(position, comm)
-                        run.finish({"status": "stopped", "step": position.step})
-                        return stop.exit_code
+                        return stopped(stop)
 
             parallel.average_buffers(model.named_buffers(), comm)
             with ema.applied() if ema else nullcontext():
-                val = evaluate(model, val_batches.epoch(0), len(data.classes), comm) if val_batches else None
-                test = evaluate(model, test_batches.epoch(0), len(data.classes), comm)
+                looks = [
+                    evaluate(model, batches.epoch(0), len(data.classes), comm, stop=lambda: stop.requested)
+                    for batches in (val_batches, test_batches)
+                    if batches
+                ]
+            if any(look.stopped for look in looks):
+                return stopped(stop)
             # The test set is looked at, and nothing is chosen by it.
+            val, test = looks if val_batches else (None, *looks)
             enough = stopping.step(val.accuracy) if val else False
             run.epoch(
                 epoch + 1,
@@ -135,8 +147,8 @@ def train(args, comm):
                 test_loss=test.loss,
                 test_accuracy=test.accuracy,
                 images_per_second=position.rate,
-                communication=(averager.seconds - waiting) / position.seconds,
-                lr=lr,
+                communication=position.communication,
+                lr=learning_rate(position.step - 1),
                 memory=sum(comm.all_gather_object(peak_memory())),
                 seconds=position.seconds,
             )
@@ -161,9 +173,6 @@ def report(test, data, run, comm):
     metrics = Metrics.of(test.confusion)
     images = int(test.confusion.sum())
     training = sum(row["seconds"] for row in run.history)
-    print(f"\n{images:,} test images of {data.name}: {metrics}")
-    print_confusion(test.confusion, data.classes)
-    print(f"training {duration(training)}, prediction {duration(test.seconds)} ({images / test.seconds:,.0f} images/s)")
     run.finish(
         {
             "data": data.notice,
@@ -183,12 +192,16 @@ def report(test, data, run, comm):
             "machine": machine_facts(),
         }
     )
-    print(f"all figures: {run.folder / 'result.json'}, curves: {run.folder / 'curves.png'}")
+    say(f"\n{images:,} test images of {data.name}: {metrics}")
+    with suppress(OSError):  # nobody reads any more
+        print_confusion(test.confusion, data.classes)
+    say(f"training {duration(training)}, prediction {duration(test.seconds)} ({images / test.seconds:,.0f} images/s)")
+    say(f"all figures: {run.folder / 'result.json'}, curves: {run.folder / 'curves.png'}")
 
 
 if __name__ == "__main__":
     args = arguments()
-    comm = parallel.connect()
+    comm = common.connect()
     with common.plain_errors(comm):
         status = train(args, comm)
     sys.exit(status)

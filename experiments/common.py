@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import threading
 import time
@@ -17,7 +18,9 @@ from nanocnn.kernels import tuned
 from nanocnn.kernels.dispatch import ChoiceError, choices_in_force, parse_use
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
+from nanocnn.parallel.launcher import launched
 from nanocnn.profile import Profile, merge_traces
+from nanocnn.progress import say
 from nanocnn.record import RecordError
 from nanocnn.resume import Position
 from nanocnn.schedules import SCHEDULES
@@ -69,7 +72,7 @@ def _add_optimisation(group) -> None:
     group.add_argument("--momentum", type=natural_real, default=0.9, help="of SGD (Nesterov's) and LARS")
     group.add_argument("--weight-decay", type=natural_real, default=5e-4, help="of weights; biases and norms have none")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine", help="learning rate over the steps")
-    group.add_argument("--warmup-epochs", type=natural_real, default=1.0, metavar="E", help="linear warm-up from 0")
+    group.add_argument("--warmup-epochs", type=natural_real, default=1.0, metavar="E", help="linear warm-up")
     group.add_argument(
         "--label-smoothing", type=fraction, default=0.0, metavar="S", help="probability spread over the classes"
     )
@@ -84,9 +87,6 @@ def _add_run(group) -> None:
     group.add_argument("--seed", type=natural, default=0, help="of weights, split, order, augmentation and dropout")
     group.add_argument("--resume", action="store_true", help="go on from the run's newest good checkpoint")
     group.add_argument("--keep", type=count, default=2, metavar="K", help="checkpoints kept, besides the best")
-    group.add_argument(
-        "--no-checkpoints", action="store_true", help="write none, and so lose the run when it is stopped"
-    )
 
 
 def _add_engine(group) -> None:
@@ -149,13 +149,21 @@ def _number(word, kind, allowed, expected):
 # ------------------------------------------------------------------ what is made from the options
 
 
-def apply_choices(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """`--use` onto the switchboard; an unknown name ends the script with the list of those that exist."""
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; `--use` goes onto the switchboard. Help and errors are printed by rank 0 alone."""
+    launch = launched()
+    if launch is not None and launch.rank:
+        parser.exit = lambda status=0, message=None: (time.sleep(1), sys.exit(status))  # type: ignore
+        parser.print_help = parser.print_usage = lambda file=None: None  # type: ignore
+    args = parser.parse_args()
+    if args.patience and not args.val:
+        parser.error("--patience selects by the validation set, and --val 0 leaves none")
     policy, choices = parse_use(args.use)
     try:
         nc.use(*policy, **choices)
     except ChoiceError as error:
         parser.error(f"--use: {error}")
+    return args
 
 
 def make_optimizer(args: argparse.Namespace, model: nc.nn.Module) -> Optimizer:
@@ -209,9 +217,6 @@ class RunExists(RuntimeError):
     """A new run was to be written where there is one already."""
 
 
-# ------------------------------------------------------------------ errors
-
-
 # ------------------------------------------------------------------ compilation
 
 
@@ -225,7 +230,7 @@ def compile_kernels(
     """
     tuning = "tuned" in choices_in_force().values()
     if comm.local_rank == 0:
-        patience = threading.Timer(2, print, ["compiling kernels, once (up to a minute)"], {"flush": True})
+        patience = threading.Timer(2, say, ["compiling kernels, once (up to a minute)"])
         patience.start()
         model = make_model(width=args.width if tuning else 1 / 64)
         optimizer = make_optimizer(args, model)
@@ -239,8 +244,22 @@ def compile_kernels(
     tuned.measuring = comm.size == 1
 
 
+# ------------------------------------------------------------------ errors
+
 # Errors whose message says all that there is to say: a traceback would only hide it.
 PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, NonFiniteLoss, RecordError, RunExists)
+
+
+def connect() -> Comm:
+    """`nanocnn.parallel.connect()`, whose error is one line of rank 0 too."""
+    try:
+        return nc.parallel.connect()
+    except nc.parallel.ConnectError as error:
+        launch = launched()
+        if launch is None or not launch.rank:
+            print(f"ConnectError: {error}", file=sys.stderr, flush=True)
+        time.sleep(0.5)  # the launcher ends the job with the first rank that fails: let it be said before
+        sys.exit(1)
 
 
 @contextmanager
@@ -252,6 +271,10 @@ def plain_errors(comm: Comm) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:  # outside the steps, where StopRequest waits for it, or the second one
+        if comm.rank == 0:
+            print("interrupted; what was saved before is kept", file=sys.stderr, flush=True)
+        comm.abort(130)
     except PLAIN_ERRORS as error:
         if comm.rank:
             time.sleep(1)
@@ -263,11 +286,11 @@ def plain_errors(comm: Comm) -> Iterator[None]:
 def say_how_to_resume(position: Position, comm: Comm) -> None:
     """After an interruption: the command that goes on."""
     if comm.rank == 0:
-        command = " ".join(["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
+        command = shlex.join(["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
         if comm.size > 1:
             command = f"mpiexec -n {comm.size} {command}"
-        print(f"stopped in epoch {position.epoch + 1} after {position.step} steps, with a checkpoint. To go on:")
-        print(f"  {command}", flush=True)
+        say(f"stopped in epoch {position.epoch + 1} after {position.step} steps, with a checkpoint. To go on:")
+        say(f"  {command}")
 
 
 # ------------------------------------------------------------------ profile
@@ -294,7 +317,11 @@ class StepProfile:
 
     def close(self) -> None:
         """Print and write what was recorded; also for a run that is shorter than the profile. Called by all ranks."""
-        if self.steps is None or self.seen < self.WARMUP:
+        if self.steps is None:
+            return
+        if self.seen < self.WARMUP:
+            if self.comm.rank == 0:
+                say(f"--profile: nothing recorded, the run ended within the {self.WARMUP} steps that warm up")
             return
         self.profile.__exit__(None, None, None)
         self.steps = None
@@ -307,4 +334,4 @@ class StepProfile:
             whole = merge_traces(parts, self.folder / "trace.json")
             for part in parts:
                 part.unlink()
-            print(f"timeline: {whole} (open it at https://ui.perfetto.dev)")
+            say(f"timeline: {whole} (open it at https://ui.perfetto.dev)")

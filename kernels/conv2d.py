@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .dispatch import Primitive, plain_floats, xp_of
+from .elementwise import as_rows
 from .im2col import col2im, col2im_into, im2col, im2col_into, output_shape
 from .matmul import matmul
 from .memory import scratch
@@ -24,7 +25,7 @@ def conv2d(x, w, stride, padding, dilation, groups):
     out = xp_of(x).empty((n, oh, ow, w.shape[3]), x.dtype)
     for of_x, of_y in _groups(w, groups):
         cols = im2col(x[..., of_x], w.shape[:2], stride, padding, dilation)
-        wg = w[..., of_y].reshape(cols.shape[1], w.shape[3] // groups)
+        wg = as_rows(w[..., of_y])
         out[..., of_y] = matmul(cols, wg).reshape(n, oh, ow, wg.shape[1])
     return out
 
@@ -34,8 +35,7 @@ def conv2d_grad_x(gy, w, x_shape, stride, padding, dilation, groups):
     """(N, OH, OW, O), (KH, KW, C/groups, O) -> (N, H, W, C): the columns' gradient by one GEMM, then col2im."""
     gx = xp_of(gy).empty(x_shape, gy.dtype)
     for of_x, of_y in _groups(w, groups):
-        wg = w[..., of_y].reshape(-1, w.shape[3] // groups)
-        cols = matmul(gy[..., of_y].reshape(gy.size // gy.shape[3], wg.shape[1]), wg.T)
+        cols = matmul(as_rows(gy[..., of_y]), as_rows(w[..., of_y]).T)
         gx[..., of_x] = col2im(cols, (*x_shape[:3], w.shape[2]), w.shape[:2], stride, padding, dilation)
     return gx
 
@@ -46,8 +46,7 @@ def conv2d_grad_w(gy, x, w_shape, stride, padding, dilation, groups):
     gw = xp_of(gy).empty(w_shape, gy.dtype)
     for of_x, of_y in _groups(gw, groups):
         cols = im2col(x[..., of_x], w_shape[:2], stride, padding, dilation)
-        gyg = gy[..., of_y].reshape(len(cols), w_shape[3] // groups)
-        gw[..., of_y] = matmul(cols.T, gyg).reshape(*w_shape[:3], gyg.shape[1])
+        gw[..., of_y] = matmul(cols.T, as_rows(gy[..., of_y])).reshape(*w_shape[:3], w_shape[3] // groups)
     return gw
 
 
@@ -62,8 +61,9 @@ def _groups(w, groups):
 COLUMN_BYTES = 8 << 20  # of the columns held at once: a share of the L3 cache, yet a GEMM tall enough for every thread
 
 
-def _one_group(x_or_gy, x_or_w, third, stride, padding, dilation, groups):
-    return groups == 1 and plain_floats(x_or_gy, x_or_w)
+def _one_group(*args):
+    """For each of the three primitives, whose arguments all end in `groups`."""
+    return args[-1] == 1 and plain_floats(*args)
 
 
 def _blocks(n, rows, width, itemsize):
@@ -72,13 +72,13 @@ def _blocks(n, rows, width, itemsize):
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
-@conv2d.variant("blocked", supports=lambda x, w, *rest: _one_group(x, w, None, *rest))
+@conv2d.variant("blocked", supports=_one_group)
 def conv2d_blocked(x, w, stride, padding, dilation, groups):
     """Numba im2col into one reused buffer, a block of images at a time: columns are read back from cache"""
     kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, dilation)
     y = np.empty((n, oh, ow, w.shape[3]), x.dtype)
-    w = w.reshape(width, -1)
+    w = as_rows(w)
     for block in _blocks(n, oh * ow, width, x.itemsize):
         cols = scratch(((block.stop - block.start) * oh * ow, width), x.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
@@ -92,7 +92,7 @@ def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups):
     kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
     n, oh, ow, o = gy.shape
     gx = np.empty(x_shape, gy.dtype)
-    gy, w = np.ascontiguousarray(gy), w.reshape(width, o)
+    gy, w = np.ascontiguousarray(gy), as_rows(w)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
         cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
         matmul(gy[block].reshape(len(cols), o), w.T, out=cols)
@@ -106,11 +106,11 @@ def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups):
     kernel, width = w_shape[:2], w_shape[0] * w_shape[1] * w_shape[2]
     n, oh, ow, o = gy.shape
     gy = np.ascontiguousarray(gy)
-    gw = np.zeros((width, o), gy.dtype)
+    gw, of_block = np.zeros((width, o), gy.dtype), np.empty((width, o), gy.dtype)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
         cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
-        gw += matmul(cols.T, gy[block].reshape(len(cols), o))
+        gw += matmul(cols.T, as_rows(gy[block]), out=of_block)
     return gw.reshape(w_shape)
 
 
@@ -121,17 +121,12 @@ def _is_pointwise(kernel, stride, padding, groups):
     return tuple(kernel) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and groups == 1
 
 
-def _pixels(x):
-    """(N, H, W, C) -> (N*H*W, C)"""
-    return x.reshape(x.size // max(1, x.shape[3]), x.shape[3])
-
-
 @conv2d.variant(
     "pointwise", supports=lambda x, w, s, p, d, g: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(x, w)
 )
 def conv2d_pointwise(x, w, stride, padding, dilation, groups):
     """1x1, stride 1: the image already is its columns"""
-    return matmul(_pixels(x), w[0, 0]).reshape(*x.shape[:3], w.shape[3])
+    return matmul(as_rows(x), w[0, 0]).reshape(*x.shape[:3], w.shape[3])
 
 
 @conv2d_grad_x.variant(
@@ -139,7 +134,7 @@ def conv2d_pointwise(x, w, stride, padding, dilation, groups):
 )
 def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups):
     """1x1, stride 1: gy times the transposed weights"""
-    return matmul(_pixels(gy), w[0, 0].T).reshape(x_shape)
+    return matmul(as_rows(gy), w[0, 0].T).reshape(x_shape)
 
 
 @conv2d_grad_w.variant(
@@ -147,7 +142,7 @@ def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups):
 )
 def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups):
     """1x1, stride 1: the image transposed times gy"""
-    return matmul(_pixels(x).T, _pixels(gy)).reshape(w_shape)
+    return matmul(as_rows(x).T, as_rows(gy)).reshape(w_shape)
 
 
 # ------------------------------------------------------------------ work: the same multiplications in each direction

@@ -188,7 +188,9 @@ def _checked(policy: tuple[str, ...], choices: dict[str, str]) -> tuple[str, dic
         if entry is None:
             names = ", ".join(sorted([*primitives, *switches]))
             raise ChoiceError(f"unknown primitive or switch {name!r}; there are: {names} (python -m nanocnn switches)")
-        allowed = [*entry.variants, *POLICIES] if isinstance(entry, Primitive) else list(entry.choices)
+        allowed = (
+            list(dict.fromkeys([*entry.variants, *POLICIES])) if isinstance(entry, Primitive) else list(entry.choices)
+        )
         if choice not in allowed:
             raise ChoiceError(f"{name} has no choice {choice!r}; there are: {', '.join(allowed)} ({entry.place})")
     return chosen, {**_choices, **choices}
@@ -234,7 +236,8 @@ class Variant:
 class Primitive:
     """Arrays to arrays, by one of several variants. The decorated function is the reference and names the primitive.
 
-    `inplace=True` says that a call changes its arguments, so that it must not be repeated for measuring.
+    `inplace=True` says that a call changes its arguments, so that it must not be repeated for measuring. `unkeyed`
+    names arguments that change from call to call and not the time that it takes (a seed): "tuned" looks past them.
     """
 
     def __new__(cls, reference: Callable | None = None, **options: Any):
@@ -242,13 +245,16 @@ class Primitive:
             return lambda fn: cls(fn, **options)
         return super().__new__(cls)
 
-    def __init__(self, reference: Callable | None = None, *, inplace: bool = False):
+    def __init__(self, reference: Callable | None = None, *, inplace: bool = False, unkeyed: tuple[str, ...] = ()):
         assert reference is not None  # __new__ made a decorator of @Primitive(inplace=True)
         self.name = reference.__name__
         _claim(self.name)
         self.__doc__, self.__name__, self.__module__ = reference.__doc__, reference.__name__, reference.__module__
         self.__wrapped__ = reference
-        self.inplace = inplace
+        self.inplace, self.unkeyed = inplace, unkeyed
+        self.signature = inspect.signature(reference)
+        if unknown := set(unkeyed) - set(self.signature.parameters):
+            raise TypeError(f"{self.name} has no argument {', '.join(sorted(unknown))} to leave out of its key")
         self.ran: set[str] = set()  # names of the variants that were called: what a result file records
         self.place = _place_of(reference)
         self.count_work: Callable[..., tuple[float, float]] | None = None
@@ -334,7 +340,7 @@ def _device_of_call(args: tuple, kwargs: dict) -> str:
 
 
 def describe(args: tuple, kwargs: dict) -> str:
-    """A call in words: shapes and dtypes of arrays, the values of the rest. Also the key of a tuned choice."""
+    """A call in words: shapes and dtypes of arrays, the values of the rest. Also in the key of a tuned choice."""
 
     def word(a: Any) -> str:
         if isinstance(a, list | tuple) and any(hasattr(i, "dtype") for i in a):

@@ -23,7 +23,7 @@ def _scale(p, dtype):
     return dtype.type(1 / (1 - p) if p < 1 else 0)
 
 
-@Primitive
+@Primitive(unkeyed=("seed", "epoch", "stream"))
 def dropout(x, samples, p, seed, epoch, stream):
     """(N, n), sample numbers (N,) -> y, mask (uint8), both (N, n): x / (1 - p) where the mask is 1, else 0."""
     xp = xp_of(x)

@@ -39,11 +39,11 @@ def im2col(x, kernel, stride, padding, dilation):
     padded = xp.pad(x, ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)))
     for i in range(kernel[0]):
         for j in range(kernel[1]):
-            cols[:, :, :, i, j] = padded[_taps(i, j, oh, ow, stride, dilation)]
+            cols[:, :, :, i, j] = padded[taps(i, j, oh, ow, stride, dilation)]
     return cols.reshape(n * oh * ow, kernel[0] * kernel[1] * c)
 
 
-def _taps(i, j, oh, ow, stride, dilation):
+def taps(i, j, oh, ow, stride, dilation):
     """The pixels that position (i, j) of the kernel meets, as an index into the padded image."""
     top, left = i * dilation[0], j * dilation[1]
     rows = slice(top, top + stride[0] * (oh - 1) + 1, stride[0])
@@ -102,7 +102,7 @@ def col2im(cols, x_shape, kernel, stride, padding, dilation):
     padded = xp.zeros((n, h + 2 * padding[0], w + 2 * padding[1], c), cols.dtype)
     for i in range(kernel[0]):
         for j in range(kernel[1]):
-            padded[_taps(i, j, oh, ow, stride, dilation)] += cols[:, :, :, i, j]
+            padded[taps(i, j, oh, ow, stride, dilation)] += cols[:, :, :, i, j]
     return xp.ascontiguousarray(padded[:, padding[0] : padding[0] + h, padding[1] : padding[1] + w])
 
 

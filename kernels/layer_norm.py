@@ -7,8 +7,8 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
+from .vecmath import SUMS
 
-SUMS = {"reassoc", "contract"}  # a sum in vector lanes; NaN and infinities keep their meaning
 ROWS = 32  # rows whose share of the weights' gradients one thread adds up before it is put down
 
 

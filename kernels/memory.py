@@ -20,9 +20,3 @@ def scratch(shape, dtype):
     if buffer is None or buffer.size < size:
         buffer = _held.buffer = np.empty(size, np.uint8)
     return buffer[:size].view(dtype).reshape(shape)
-
-
-def held_bytes() -> int:
-    """Bytes of scratch memory that the calling thread holds."""
-    buffer = getattr(_held, "buffer", None)
-    return 0 if buffer is None else buffer.nbytes

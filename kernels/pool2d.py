@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
-from .im2col import output_shape
+from .im2col import output_shape, taps
 from .vecmath import FMA
 
 ONE = (1, 1)  # dilation
@@ -20,12 +20,7 @@ ONE = (1, 1)  # dilation
 
 def _window(k, kernel, stride, oh, ow):
     """The pixels at position k of each window, as an index into the padded images."""
-    i, j = divmod(k, kernel[1])
-    return (
-        slice(None),
-        slice(i, i + stride[0] * (oh - 1) + 1, stride[0]),
-        slice(j, j + stride[1] * (ow - 1) + 1, stride[1]),
-    )
+    return taps(*divmod(k, kernel[1]), oh, ow, stride, ONE)
 
 
 def _padded(xp, x, padding, value):

@@ -16,7 +16,7 @@ W0, W1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 
-@Primitive
+@Primitive(unkeyed=("seed", "epoch", "stream"))
 def random_bits(samples, n, seed, epoch=0, stream=0):
     """(N,) sample numbers -> (N, n) uint32: `n` random words for each sample.
 

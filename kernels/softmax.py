@@ -13,9 +13,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
-from .vecmath import exp
-
-SUMS = {"reassoc", "contract"}  # a sum in vector lanes; NaN and infinities keep their meaning
+from .vecmath import SUMS, exp
 
 
 def _shifted(x):

@@ -29,15 +29,17 @@ def file() -> Path:
 
 def choose(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
     """The variant for this call: from the table, or measured now."""
+    candidates = {v.name: v for v in primitive.candidates(*args, **kwargs)}
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
     if not choices:
         # no file, no home folder, no JSON, no dict: each means that nothing was measured yet
         with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
             choices.update({key: str(name) for key, name in json.loads(file().read_text()).items()})
-    key = f"{primitive.name}({describe(args, kwargs)})"
-    candidates = {v.name: v for v in primitive.candidates(*args, **kwargs)}
+    key = _key(primitive, args, kwargs)
     if choices.get(key) in candidates:
         return candidates[choices[key]]
-    if not measuring or len(candidates) == 1:
+    if not measuring:
         return [v for v in candidates.values() if v.auto][-1]
     times = {}
     with paused():
@@ -51,6 +53,14 @@ def choose(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
     choices[key] = min(times, key=times.__getitem__)
     _keep()
     return candidates[choices[key]]
+
+
+def _key(primitive: Primitive, args: tuple, kwargs: dict) -> str:
+    """The call in words, less the arguments on which its time does not depend."""
+    if primitive.unkeyed:
+        given = primitive.signature.bind(*args, **kwargs).arguments
+        args, kwargs = tuple(a for name, a in given.items() if name not in primitive.unkeyed), {}
+    return f"{primitive.name}({describe(args, kwargs)})"
 
 
 def _keep() -> None:

@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import overload
 
 FMA = {"contract"}  # let a * b + c be one instruction; NaN and infinities keep their meaning
+SUMS = {"reassoc", "contract"}  # a sum in vector lanes; NaN and infinities keep their meaning
 F = np.float32
 
 

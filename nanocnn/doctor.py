@@ -20,7 +20,7 @@ from .kernels import threads
 from .machine import NEEDED, machine_facts
 
 RANK_BYTES = 1 << 30  # AlexNet at full width: parameters, gradients, momentum, and the activations of a batch
-RUN_BYTES = 1 << 30  # its checkpoints: three kept and one being written, 187 MB each
+RUN_BYTES = 1 << 30  # its checkpoints: two kept, the best, and one being written, 187 MB each
 SHARED_BYTES = 512 << 20  # its gradients in shared memory, 93 MB a rank, for four ranks and some room
 PIP = "python -m pip install"
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from . import functional as F
 from . import init, random, tensor
+from .functional.basic import need_floats
 from .functional.geometry import Pair, pair
 from .kernels import dispatch
 from .kernels.dispatch import to_device
@@ -109,8 +111,11 @@ class Module:
     def to(self, where: Any) -> Module:
         """Move to a device ("cpu", "cuda") or to a floating-point dtype; returns the module.
 
-        Call it before the optimiser is made: the optimiser lays the parameters out in buckets.
+        Call it before the optimiser is made: the optimiser lays the parameters out in buckets. Raises ValueError, and
+        changes nothing, if `where` is neither.
         """
+        if where not in ("cpu", "cuda"):
+            where = _floating_dtype(where)
         both: list[tuple[str, Any]] = [*self.named_parameters(), *self.named_buffers()]
         for _, item in both:
             if where in ("cpu", "cuda"):
@@ -156,13 +161,38 @@ class Sequential(Module):
     def __len__(self) -> int:
         return len(self.modules_in_order)
 
-    def __getitem__(self, i: int) -> Module:
-        return self.modules_in_order[i]
+    def __getitem__(self, i: int | slice) -> Module:
+        """The i-th module; for a slice, a Sequential of these same modules."""
+        if not isinstance(i, slice):
+            return self.modules_in_order[i]
+        part = Sequential(*self.modules_in_order[i])
+        part.training = self.training
+        return part
 
 
-def like(p: Parameter | None, x: Tensor) -> Any:
-    """A parameter in the dtype of the layer's input, which is the layer's precision; the parameter keeps its own."""
+def in_dtype_of(x: Tensor, p: Parameter | None) -> Any:
+    """A parameter in the dtype of the layer's input, which is the layer's precision; the parameter keeps its own.
+
+    Raises TypeError unless `x` is floating-point.
+    """
+    need_floats("a layer's input", x)
     return None if p is None else F.cast(p, x.dtype)
+
+
+def _floating_dtype(where: Any) -> np.dtype:
+    try:
+        dtype = None if where is None else np.dtype(where)  # np.dtype(None) is float64
+    except TypeError:  # "gpu" names no dtype
+        dtype = None
+    if dtype is None or dtype.kind != "f":
+        raise ValueError(f"to({where!r}): expected a device, 'cpu' or 'cuda', or a floating-point dtype as np.float32")
+    return dtype
+
+
+def _check_sizes(layer: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{layer}: {name}={size!r}, expected an integer of at least 1")
 
 
 class Linear(Module):
@@ -171,12 +201,13 @@ class Linear(Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, rng: np.random.Generator | None = None
     ):
+        _check_sizes("Linear", in_features=in_features, out_features=out_features)
         rng = rng or random.generator()
         self.weight = Parameter(init.lecun_uniform(rng, (in_features, out_features), in_features))
         self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, like(self.weight, x), like(self.bias, x))
+        return F.linear(x, in_dtype_of(x, self.weight), in_dtype_of(x, self.bias))
 
 
 class Conv2d(Module):
@@ -195,6 +226,7 @@ class Conv2d(Module):
         *,
         rng: np.random.Generator | None = None,
     ):
+        _check_sizes("Conv2d", in_channels=in_channels, out_channels=out_channels)
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
         rng = rng or random.generator()
@@ -206,13 +238,14 @@ class Conv2d(Module):
         self.geometry: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, like(self.weight, x), like(self.bias, x), **self.geometry)
+        return F.conv2d(x, in_dtype_of(x, self.weight), in_dtype_of(x, self.bias), **self.geometry)
 
 
 class BatchNorm2d(Module):
     """Batch norm over the last axis of (N, H, W, C) (Ioffe & Szegedy 2015, algorithm 1)."""
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
+        _check_sizes(type(self).__name__, num_features=num_features)
         self.weight = Parameter(np.ones(num_features, np.float32))
         self.bias = Parameter(np.zeros(num_features, np.float32))
         self.running_mean = Buffer(np.zeros(num_features, np.float32))
@@ -232,6 +265,7 @@ class LayerNorm(Module):
     """Layer norm over the last axis (Ba et al. 2016)."""
 
     def __init__(self, normalized_shape: int, eps: float = 1e-5):
+        _check_sizes("LayerNorm", normalized_shape=normalized_shape)
         self.weight = Parameter(np.ones(normalized_shape, np.float32))
         self.bias = Parameter(np.zeros(normalized_shape, np.float32))
         self.eps = eps
@@ -329,6 +363,7 @@ class MultiheadAttention(Module):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, *, rng: np.random.Generator | None = None):
+        _check_sizes("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
         rng = rng or random.generator()
@@ -341,7 +376,7 @@ class MultiheadAttention(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
-        projected = F.linear(x, like(self.in_proj_weight, x), like(self.in_proj_bias, x))
+        projected = F.linear(x, in_dtype_of(x, self.in_proj_weight), in_dtype_of(x, self.in_proj_bias))
         heads = projected.reshape(n, length, 3, self.num_heads, width // self.num_heads).transpose(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])  # (N, heads, L, E/heads)
         return self.out_proj(y.transpose(0, 2, 1, 3).reshape(n, length, width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .parallel import Comm
+from .progress import say
 
 # Options that say which samples a step sees. A run that goes on with other ones would be neither the old nor a new one.
-FIXED_OPTIONS = ("data", "seed", "val", "train_images", "batch_size")
+FIXED_OPTIONS = ("data", "images", "seed", "val", "batch_size")
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Position:
     correct: int = 0
     samples: int = 0
     seconds: float = 0.0  # of the epoch under way, interruptions not counted
+    waiting: float = 0.0  # of these, for communication
 
     @property
     def mean_loss(self) -> float:
@@ -40,19 +43,24 @@ class Position:
         """Images a second, over all ranks."""
         return self.samples / self.seconds
 
-    def advance(self, loss: float, correct: int, samples: int, seconds: float) -> None:
+    @property
+    def communication(self) -> float:
+        """The share of the time that was waiting for communication."""
+        return self.waiting / self.seconds
+
+    def advance(self, loss: float, correct: int, samples: int, seconds: float, waiting: float) -> None:
         """One step was made: the sum of its losses, its right predictions, its images; the epoch's seconds so far."""
         self.batch += 1
         self.step += 1
         self.loss += loss
         self.correct += correct
         self.samples += samples
-        self.seconds = seconds
+        self.seconds, self.waiting = seconds, waiting
 
     def next_epoch(self) -> None:
         """The epoch is over."""
         self.epoch, self.batch, self.loss, self.correct, self.samples = self.epoch + 1, 0, 0.0, 0, 0
-        self.seconds = 0.0
+        self.seconds = self.waiting = 0.0
 
 
 class Keeper:
@@ -86,10 +94,10 @@ class Keeper:
 
     def load(self) -> Position | None:
         """Take up the newest good generation; None if there is none. Raises CheckpointError if it is of another run."""
-        path = self.comm.broadcast_object(checkpoint.latest(self.folder) if self.comm.rank == 0 else None)
+        path = self.comm.broadcast_object(self._latest() if self.comm.rank == 0 else None)
         if path is None:
             return None
-        state = self._read(path)
+        state = checkpoint.load(path)
         if state["options"] != self.options:
             differ = [
                 f"{name} was {state['options'].get(name)!r}, now {self.options[name]!r}"
@@ -99,10 +107,13 @@ class Keeper:
             raise CheckpointError(
                 f"{path}: {'; '.join(differ)}. Resume with the same, or start another run with --name"
             )
+        checkpoint.check_same(state["model"], self.model.state_dict(), where=f"{path}: model")
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
+            raise CheckpointError(f"{path} has no state of {error}: resume with the options of the run") from error
+        except ValueError as error:
             raise CheckpointError(f"{path} does not fit the options of this run: {error}") from error
         buffers = state["buffers_by_rank"][self.comm.rank % len(state["buffers_by_rank"])]
         for name, buffer in self.model.named_buffers():
@@ -113,9 +124,14 @@ class Keeper:
         """Give the model (and the average of its weights, if there is one) the state that was best by validation."""
         path = self.comm.broadcast_object(checkpoint.latest(self.folder / "best") if self.comm.rank == 0 else None)
         if path is not None:
-            state = self._read(path)
+            state = checkpoint.load(path)
             for name in {"model", "ema"} & set(self.parts):
                 self.parts[name].load_state_dict(state[name])
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        return checkpoint.load(path, expect={"model": self.model.state_dict()})
+    def _latest(self) -> Path | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            path = checkpoint.latest(self.folder)
+        for warning in caught:  # a newer generation is damaged: a message for people, not for programmers
+            say(f"warning: {warning.message}")
+        return path

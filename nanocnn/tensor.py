@@ -34,7 +34,8 @@ def no_grad() -> Iterator[None]:
 class Tensor:
     """An array (NumPy or CuPy) with a place in a graph.
 
-    `data` is the raw array: its type is the device, its dtype the precision. Lists and Python numbers become float32.
+    `data` is the raw array: its type is the device, its dtype the precision. Lists and Python numbers become float32,
+    or int64 where all are integers; an array keeps its dtype.
     `grad` is a raw array of the same shape and dtype, or None where no gradient has arrived since `zero_grad()`.
     """
 
@@ -42,6 +43,7 @@ class Tensor:
     __slots__ = ("__weakref__", "_arrived", "data", "grad_buffer", "node", "on_grad", "requires_grad")
 
     data: Any
+    __array_ufunc__ = None  # NumPy, on the left of an operator, leaves the work to __rmul__ and its like
 
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, Tensor):
@@ -102,6 +104,10 @@ class Tensor:
         """The values as a NumPy array: the same memory on the CPU, a copy from a GPU."""
         return to_device(self.data, "cpu")
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """What `np.asarray(tensor)` takes: the values, without the graph."""
+        return np.array(self.numpy(), dtype, copy=copy)
+
     def item(self) -> float:
         """The value of a tensor of one element."""
         return self.data.item()
@@ -125,6 +131,7 @@ class Tensor:
         def __truediv__(self, other: Any) -> Tensor: ...
         def __rtruediv__(self, other: Any) -> Tensor: ...
         def __matmul__(self, other: Any) -> Tensor: ...
+        def __rmatmul__(self, other: Any) -> Tensor: ...
         def __neg__(self) -> Tensor: ...
         def __pow__(self, exponent: float) -> Tensor: ...
         def __getitem__(self, index: Any) -> Tensor: ...
@@ -253,11 +260,16 @@ _layers: list[str] = []  # names of the modules being run, outermost first; fill
 
 
 def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
-    """`x` as a tensor; a Python number takes the dtype (and device) of `like`, so that float64 cannot creep in."""
+    """`x` as a tensor; a Python or NumPy number takes the dtype (and device) of `like`: float64 cannot creep in.
+
+    A fraction beside a tensor of integers is the exception, where it would be cut off: it becomes float32.
+    """
     if isinstance(x, Tensor):
         return x
-    if like is not None and isinstance(x, int | float):
-        return Tensor(xp_of(like.data).asarray(x, dtype=like.dtype))
+    if like is not None and isinstance(x, int | float | np.generic):
+        number = x.item() if isinstance(x, np.generic) else x
+        fits = like.dtype.kind == "f" or isinstance(number, int)
+        return Tensor(xp_of(like.data).asarray(number, dtype=like.dtype if fits else np.float32))
     return Tensor(x)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,10 @@ def train_step(
     clip: float | None = None,
     stop: bool = False,
 ) -> StepResult:
-    """Forward, backward, average, update. Raises NonFiniteLoss, on all ranks alike, instead of updating with NaN."""
+    """Forward, backward, average, update.
+
+    Raises NonFiniteLoss, on all ranks alike and before the update, if the global loss is NaN or infinite.
+    """
     averager.zero()
     with random.keyed(batch.epoch, batch.index):
         logits = model(Tensor(batch.x))
@@ -53,12 +56,14 @@ def train_step(
         (loss * (1 / batch.global_size)).backward()  # buckets leave as they fill
     averager.finish()
     correct = (logits.data.argmax(axis=1) == batch.y).sum()
-    loss_sum, correct, stopping = averager.comm.all_reduce(np.array([loss.item(), correct, stop], np.float64))
+    with span("totals", "communication"):
+        totals = averager.comm.all_reduce(np.array([loss.item(), correct, stop], np.float64))
+    loss_sum, correct, stopping = totals.tolist()
     if not math.isfinite(loss_sum):
         raise NonFiniteLoss(
-            f"the loss is {loss_sum} in epoch {batch.epoch}, step {batch.step}, at learning rate {lr:.3g}; the "
-            "parameters are those of the step before. Try a lower learning rate, warm-up or --clip 1, and check the "
-            "images for NaN"
+            f"the loss is {loss_sum} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
+            "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or --clip 1, and "
+            "check the images for NaN; --resume goes on from the last checkpoint"
         )
     if clip is not None:
         clip_grad_norm_(averager.buckets, clip)
@@ -70,28 +75,41 @@ class Evaluation(NamedTuple):
     """Of a whole split, the same on every rank. `seconds` is the forward passes' time, the longest of the ranks."""
 
     loss: float
-    confusion: np.ndarray
+    confusion: np.ndarray  # (C, C) int64, rows true and columns predicted
     seconds: float
+    stopped: bool  # some rank was asked to stop: the figures are not those of the whole split
 
     @property
     def accuracy(self) -> float:
         return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
 
 
-def evaluate(model: Module, batches: Iterable[Batch], num_classes: int, comm: Comm) -> Evaluation:
-    """Mean loss and confusion matrix over the batches of all ranks, without a graph and in evaluation mode."""
+def evaluate(
+    model: Module,
+    batches: Iterable[Batch],
+    num_classes: int,
+    comm: Comm,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Mean loss and confusion matrix over the batches of all ranks, without a graph and in evaluation mode.
+
+    `stop` is asked between batches; a rank for which it is true leaves the rest, and all ranks are told.
+    """
     confusion = np.zeros((num_classes, num_classes), np.float64)
     loss, seconds = 0.0, 0.0
     training = model.training
     model.eval()
     with no_grad(), span("evaluate", "evaluate"):
         for batch in batches:
+            if stop():
+                break
             start = time.perf_counter()
             logits = model(Tensor(batch.x))
             seconds += time.perf_counter() - start
             loss += F.cross_entropy(logits, batch.y, reduction="sum").item()
             confusion += confusion_matrix(batch.y, logits.numpy().argmax(axis=1), num_classes)
     model.train(training)
-    totals: Any = comm.all_reduce(np.append(confusion.ravel(), loss))
-    confusion = totals[:-1].reshape(confusion.shape).astype(np.int64)
-    return Evaluation(totals[-1] / max(1, confusion.sum()), confusion, max(comm.all_gather_object(seconds)))
+    totals: Any = comm.all_reduce(np.append(confusion.ravel(), [loss, stop()]))
+    confusion, (loss, stopped) = totals[:-2].reshape(confusion.shape).astype(np.int64), totals[-2:].tolist()
+    seconds = max(comm.all_gather_object(seconds))
+    return Evaluation(loss / max(1, confusion.sum()), confusion, seconds, stopped > 0)

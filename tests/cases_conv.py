@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from nanocnn.kernels.im2col import output_shape
@@ -16,6 +18,10 @@ GEOMETRIES = [
     ((2, 5, 5, 4), (3, 3), 4, (1, 1), (1, 1), (1, 1), 4),
     ((2, 4, 4, 1), (4, 4), 1, (3, 3), (3, 3), (1, 1), 1),
     ((0, 8, 8, 3), (3, 3), 2, (1, 1), (1, 1), (1, 1), 1),
+    ((2, 5, 4, 0), (3, 3), 3, (1, 1), (1, 1), (1, 1), 1),
+    ((2, 5, 4, 0), (1, 1), 3, (1, 1), (0, 0), (1, 1), 1),
+    ((2, 5, 4, 3), (3, 2), 0, (1, 1), (1, 1), (1, 1), 1),
+    ((2, 5, 4, 3), (1, 1), 0, (1, 1), (0, 0), (1, 1), 1),
 ]
 
 
@@ -50,7 +56,7 @@ def im2col(rng, dtype):
 def col2im(rng, dtype):
     calls = []
     for x, w, gy, geometry in _conv_arrays(rng, dtype):
-        rows, width = gy.size // gy.shape[3], w.shape[0] * w.shape[1] * x.shape[3]
+        rows, width = math.prod(gy.shape[:3]), w.shape[0] * w.shape[1] * x.shape[3]
         cols = rng.standard_normal((rows, width)).astype(dtype)
         calls.append(((cols, x.shape, w.shape[:2], *geometry[:3]), {}))
     return calls

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanocnn import functional as F
 from nanocnn.kernels.dispatch import using
@@ -69,3 +71,11 @@ def test_no_overflow_far_out():
             y.backward(np.ones(4, np.float32))
         assert np.isfinite(y.data).all()
         assert np.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=10, deadline=None)
+@given(name=st.sampled_from(NAMES), shape=st.lists(st.integers(1, 7), max_size=4), seed=st.integers(0, 2**32 - 1))
+def test_gradients_of_any_shape(policy, name, shape, seed):
+    with using(policy):
+        check_gradients(getattr(F, name), 3 * np.random.default_rng(seed).standard_normal(shape))

@@ -161,7 +161,33 @@ def test_a_second_run_gets_a_folder_of_its_own_and_resume_takes_the_last(tmp_pat
 def test_early_stopping_ends_with_the_best_weights(tmp_path):
     outcome = run(0, tmp_path, "--patience", "1", "--epochs", "20", "--lr", "1e-9")
     assert outcome.status == 0, outcome.output
-    assert len((tmp_path / "alexnet-shapes" / "metrics.csv").read_text().splitlines()) < 21
+    rows = (tmp_path / "alexnet-shapes" / "metrics.csv").read_text().splitlines()
+    assert len(rows) < 21
+    outcome = run(0, tmp_path, "--patience", "1", "--epochs", "20", "--lr", "1e-9", "--resume")
+    assert outcome.status == 0, outcome.output
+    assert (tmp_path / "alexnet-shapes" / "metrics.csv").read_text().splitlines() == rows
+
+
+def test_a_run_that_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path):
+    """One step an epoch: wherever the signal arrives, the epoch's last step is the one that was made."""
+    options = ("--name", "run", "--batch-size", "320", "--epochs", "400")
+    process = launch(0, tmp_path, *options)
+    wait_for_second_epoch(process, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    outcome = finish(process, 30)
+    assert outcome.status == 143, outcome.output
+    epochs = final_state(tmp_path / "run")["position"]["epoch"] + 1
+    outcome = run(0, tmp_path, *options[:-1], str(epochs), "--resume")
+    assert outcome.status == 0, outcome.output
+    assert final_state(tmp_path / "run")["position"]["epoch"] == epochs
+
+
+def test_a_reader_that_goes_away_costs_no_figures(tmp_path):
+    process = launch(0, tmp_path, "--name", "run")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) is not None
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 
 # ------------------------------------------------------------------ bad input: one clear error, all ranks end
@@ -174,6 +200,7 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path):
         (0, ["--use", "speed=on"], "unknown primitive or switch 'speed'"),
         (0, ["--epochs", "0"], "expected a positive integer, got '0'"),
         (0, ["--val", "0", "--patience", "3"], "--patience"),
+        (2, ["--epochs", "0"], "expected a positive integer, got '0'"),
         (2, ["--data-dir", "/nowhere", "--data", "cifar10"], "/nowhere: no such file or folder"),
         (2, ["--batch-size", "1000"], "a batch of 1000 is larger than the 320 images"),
         (4, ["--train-images", "3", "--val", "0", "--batch-size", "4"], "3 images for 4 ranks"),
@@ -195,6 +222,17 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert "RecordError: cannot write" in outcome.output
 
 
+def make_mnist(folder: Path) -> Path:
+    """Random digits in the official form."""
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 400), ("t10k", 40)):
+        header = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + rng.bytes(n * 784))
+        labels = rng.integers(0, 10, n).astype(np.uint8).tobytes()
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], ">i4").tobytes() + labels)
+    return folder
+
+
 def test_what_a_run_left_is_neither_overwritten_nor_mixed(tmp_path):
     assert run(0, tmp_path, "--name", "run", "--epochs", "1").status == 0
     before = final_state(tmp_path / "run")
@@ -202,6 +240,7 @@ def test_what_a_run_left_is_neither_overwritten_nor_mixed(tmp_path):
         ([], "holds a run: --resume goes on with it"),
         (["--resume", "--width", "0.2"], "CheckpointError"),
         (["--resume", "--seed", "1"], "seed was 0, now 1"),
+        (["--resume", "--data", "mnist", "--data-dir", str(make_mnist(tmp_path))], "data was 'shapes', now 'mnist'"),
         (["--resume", "--optimizer", "adam"], "CheckpointError"),
         (["--resume", "--epochs", "2", "--lr", "1e30"], "NonFiniteLoss"),
     ):

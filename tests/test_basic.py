@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nanocnn.functional as F
+from nanocnn.kernels.dispatch import using
 from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
 
@@ -134,3 +137,39 @@ def test_check_gradients_sees_a_wrong_gradient():
         check_gradients(Wrong.apply, positive(3))
     with pytest.raises(TypeError, match="float64"):
         check_gradients(lambda a: a, np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((0,), None), ((3, 0), 1), ((0, 2), (0, 1))])
+def test_the_mean_of_nothing_is_refused(shape, axis):
+    with pytest.raises(ValueError, match=rf"mean of shape \({shape[0]},.*no elements"):
+        Tensor(np.empty(shape)).mean(axis=axis)
+
+
+def test_a_mean_beside_an_empty_axis_is_empty():
+    assert Tensor(np.empty((0, 3))).mean(axis=np.int64(1)).shape == (0,)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("exponent", [0, 0.0, 1, 2])
+def test_powers_at_zero(exponent):
+    x = Tensor(np.array([0.0, 2.0]), requires_grad=True)
+    (x**exponent).sum().backward()
+    np.testing.assert_array_equal(x.grad, {0: [0, 0], 1: [1, 1], 2: [0, 4]}[exponent])
+
+
+def test_cast_and_linear_take_floats_only():
+    with pytest.raises(TypeError, match="cast to uint8: expected a floating-point dtype"):
+        F.cast(Tensor(np.ones(3)), np.uint8)
+    with pytest.raises(TypeError, match="linear of dtype int64: expected float32 or float64"):
+        F.linear(Tensor([[1, 2]]), Tensor([[1], [2]]))
+
+
+@pytest.mark.parametrize("policy", ["fastest", "reference"])
+@settings(max_examples=10, deadline=None)
+@given(shape=st.lists(st.integers(1, 5), max_size=4), seed=st.integers(0, 2**32 - 1))
+def test_elementwise_gradients_of_any_shape(policy, shape, seed):
+    x = np.random.default_rng(seed).uniform(0.5, 2, shape)
+    with using(policy):
+        check_gradients(F.exp, x)
+        check_gradients(F.log, x)
+        check_gradients(lambda t: F.cast(F.cast(t, np.longdouble) ** 2, np.float64), x)

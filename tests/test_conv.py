@@ -128,3 +128,16 @@ def test_a_variant_asked_for_what_it_cannot_do_lists_those_that_can():
         pytest.raises(dispatch.ChoiceError, match=r"variants that can: reference, blocked"),
     ):
         F.conv2d(ones(1, 4, 4, 1), ones(3, 3, 1, 1))
+
+
+@pytest.mark.parametrize("policy", ["fastest", "reference"])
+@pytest.mark.parametrize(("c", "o"), [(0, 3), (3, 0)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_no_channels(policy, c, o, kernel):
+    x, w = (Tensor(np.ones(s), requires_grad=True) for s in ((2, 4, 5, c), (kernel, kernel, c, o)))
+    with nc.using(policy):
+        y = F.conv2d(x, w)
+        y.sum().backward()
+    np.testing.assert_array_equal(y.data, np.zeros((2, 5 - kernel, 6 - kernel, o)))
+    np.testing.assert_array_equal(x.grad, np.zeros(x.shape))
+    np.testing.assert_array_equal(w.grad, np.zeros(w.shape))

@@ -135,7 +135,9 @@ def test_unknown_names_are_errors_that_list_what_exists(ladder):
     Switch("disp_switch", "about it", on="yes", off="no")
     with pytest.raises(ChoiceError, match=r"unknown primitive or switch 'im2kol'; .*disp_ladder, disp_switch"):
         use(im2kol="numba")
-    with pytest.raises(ChoiceError, match=r"no choice 'slow'; there are: reference, lesson, quick, wide"):
+    with pytest.raises(
+        ChoiceError, match=r"no choice 'slow'; there are: reference, lesson, quick, wide, gpu, fastest, tuned \("
+    ):
         use(disp_ladder="slow")
     with pytest.raises(ChoiceError, match=r"disp_switch has no choice 'fastest'; there are: on, off"):
         use(disp_switch="fastest")
@@ -270,6 +272,50 @@ def test_tuned_measures_each_shape_once_and_keeps_the_quickest(runners):
     kept = json.loads(tuned.file().read_text())
     assert kept == {"disp_tuned(float32[4])": "middle", "disp_tuned(float32[5])": "middle"}
     assert [p.name for p in tuned.file().parent.iterdir()] == [tuned.file().name]
+
+
+def test_tuned_looks_past_what_a_primitive_does_not_key():
+    measured = []
+
+    @Primitive(unkeyed=("seed", "epoch"))
+    def disp_unkeyed(x, n, seed, epoch=0):
+        """draws"""
+        measured.append("reference")
+
+    @disp_unkeyed.variant("numba", supports=dispatch.anything)
+    def fast(x, n, seed, epoch=0):
+        measured.append("numba")
+
+    with using("tuned"):
+        for epoch in range(3):
+            disp_unkeyed.choose(x32, 2, seed=7 + epoch, epoch=epoch)
+            disp_unkeyed.choose(x32, 2, 7, epoch)
+        assert len(measured) == 8
+        disp_unkeyed.choose(x32, 3, 7)
+    assert list(tuned.choices) == ["disp_unkeyed(float32[4], 2)", "disp_unkeyed(float32[4], 3)"]
+    with pytest.raises(TypeError, match="disp_misspelt has no argument sead"):
+
+        @Primitive(unkeyed=("sead",))
+        def disp_misspelt(x, seed):
+            """draws"""
+
+
+def test_a_dropout_mask_of_another_epoch_is_not_measured_again():
+    from nanocnn.kernels.dropout import dropout
+
+    samples = np.arange(2)
+    with using("tuned"):
+        for epoch in range(3):
+            dropout(np.ones((2, 3), np.float32), samples, 0.5, 11, epoch, 1 << 24)
+    assert [key for key in tuned.choices if key.startswith("dropout(")] == ["dropout(float32[2, 3], int64[2], 0.5)"]
+
+
+def test_tuned_measures_nothing_where_there_is_no_choice(runners):
+    primitive, ran = runners
+    with using("tuned"):
+        assert primitive.choose(np.ones(4, np.int64)).name == "reference"
+    assert sum(ran.values()) == 0
+    assert not tuned.choices
 
 
 def test_tuned_takes_up_the_file(runners, monkeypatch):

@@ -191,13 +191,20 @@ class Recorder:
         assert stop >= start
 
 
-@pytest.mark.parametrize(("prefetch", "name"), [(0, "load"), (2, "wait for data")])
-def test_the_profile_sees_the_main_thread_only(monkeypatch, prefetch, name):
+def test_without_prefetch_the_training_thread_loads(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(dispatch, "recorder", recorder)
-    assert len(list(Loader(make_split(), 10, augment=Augment(1), prefetch=prefetch).epoch(0))) == 5
-    assert set(recorder.spans) == {(name, "data")}
+    assert len(list(Loader(make_split(), 10, augment=Augment(1), prefetch=0).epoch(0))) == 5
+    assert set(recorder.spans) == {("load", "data")}
     assert recorder.threads == {threading.main_thread()}
+
+
+def test_with_prefetch_it_waits_and_another_thread_loads(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(dispatch, "recorder", recorder)
+    assert len(list(Loader(make_split(), 10, augment=Augment(1), prefetch=2).epoch(0))) == 5
+    assert set(recorder.spans) == {("load", "data"), ("wait for data", "data")}
+    assert len(recorder.threads) == 2
 
 
 def test_many_epochs_with_a_hurried_interpreter():

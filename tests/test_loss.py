@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanocnn import functional as F
 from nanocnn.kernels.dispatch import using
@@ -166,3 +168,17 @@ def test_mse_loss_of_shapes_that_differ():
     with pytest.raises(ValueError, match="expected equal shapes"):
         F.mse_loss(Tensor(np.zeros((2, 3), np.float32)), np.zeros((2, 1)))
     assert F.mse_loss(Tensor(np.zeros((2, 3), np.float32)), np.ones((2, 3))).dtype == np.float32
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data(), n=st.integers(1, 9), c=st.integers(2, 20), seed=st.integers(0, 2**32 - 1))
+def test_gradients_of_any_shape(policy, data, n, c, seed):
+    rng = np.random.default_rng(seed)
+    x, target, labels = rng.standard_normal((n, c)), rng.standard_normal((n, c)), rng.integers(0, c, n)
+    smoothing, reduction = data.draw(st.floats(0, 1)), data.draw(st.sampled_from(["mean", "sum", "none"]))
+    with using(policy):
+        check_gradients(lambda x: F.cross_entropy(x, labels, smoothing, reduction), x)
+        check_gradients(lambda x, t: F.mse_loss(x, t, reduction), x, target)
+        check_gradients(lambda x: F.softmax(x, data.draw(st.sampled_from([0, 1, -1]))), x)
+        check_gradients(F.log_softmax, x)

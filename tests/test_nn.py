@@ -192,3 +192,63 @@ def test_images_too_small_for_alexnet():
 def test_impossible_layers_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(0, 3), "in_features=0, expected an integer of at least 1"),
+        (lambda: nn.Linear(3, 2.5), "out_features=2.5"),
+        (lambda: nn.Conv2d(0, 3, 3), "in_channels=0"),
+        (lambda: nn.Conv2d(3, -1, 3), "out_channels=-1"),
+        (lambda: nn.BatchNorm1d(0), "BatchNorm1d: num_features=0"),
+        (lambda: nn.LayerNorm(0), "normalized_shape=0"),
+        (lambda: nn.MultiheadAttention(6, 0), "num_heads=0"),
+    ],
+)
+def test_layers_of_no_size_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, object])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv2d(3, 2, 3), (2, 4, 4, 3)),
+        (lambda: nn.Linear(3, 2), (2, 3)),
+        (lambda: nn.MultiheadAttention(4, 2), (2, 3, 4)),
+        (lambda: nn.BatchNorm2d(3), (2, 4, 4, 3)),
+        (lambda: nn.LayerNorm(3), (2, 3)),
+        (lambda: nn.MaxPool2d(2), (2, 4, 4, 3)),
+        (lambda: nn.Dropout(0.5), (2, 3)),
+    ],
+)
+def test_images_that_are_not_floats_are_refused(make, shape, dtype):
+    with pytest.raises(TypeError, match=f"of dtype {np.dtype(dtype)}: expected float32 or float64; normalise images"):
+        make()(Tensor(np.ones(shape, dtype)))
+
+
+def test_numpy_integers_are_sizes():
+    layer = nn.Conv2d(np.int64(3), np.int64(2), np.int64(3), padding=(np.int32(1), 1))
+    assert layer(Tensor(np.ones((1, 4, 4, 3), np.float32))).shape == (1, 4, 4, 2)
+    with pytest.raises(ValueError, match="kernel_size=True"):
+        nn.Conv2d(3, 2, True)
+
+
+def test_a_slice_of_a_sequential_is_one_and_shares_its_modules():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    part = net[:2]
+    assert isinstance(part, nn.Sequential)
+    assert part[0] is net[0]
+    assert not part.training
+    assert part(Tensor(np.ones((1, 3), np.float32))).shape == (1, 4)
+
+
+@pytest.mark.parametrize("where", ["gpu", np.int32, None, 3])
+def test_to_nowhere_is_refused_and_changes_nothing(where):
+    net = nn.Linear(2, 2)
+    before = net.weight.data
+    with pytest.raises(ValueError, match="expected a device, 'cpu' or 'cuda', or a floating-point dtype"):
+        net.to(where)
+    assert net.weight.data is before

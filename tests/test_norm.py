@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanocnn import functional as F
 from nanocnn.kernels import batch_norm as kernels
@@ -210,3 +212,27 @@ def test_layer_norm_keeps_nan_in_its_row():
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     x[1, 2] = np.nan
     np.testing.assert_array_equal(np.isnan(F.layer_norm(Tensor(x)).data).all(axis=1), [False, True, False])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=10, deadline=None)
+@given(
+    shape=st.tuples(st.integers(3, 9), st.integers(1, 4), st.integers(1, 4), st.integers(3, 9)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gradients_of_any_shape(policy, shape, seed):
+    rng = np.random.default_rng(seed)
+    x, (weight, bias) = rng.standard_normal(shape), rng.standard_normal((2, shape[3]))
+    running = np.zeros(shape[3]), np.ones(shape[3])
+    with using(policy):
+        check_gradients(F.layer_norm, x, weight, bias)
+        for training in (True, False):
+            check_gradients(
+                lambda *t, on=training: F.batch_norm(t[0], *running, *t[1:], on, momentum=0), x, weight, bias
+            )
+
+
+@pytest.mark.parametrize("norm", [F.layer_norm, lambda x: F.batch_norm(x, np.zeros(3), np.ones(3))])
+def test_integers_are_refused(norm):
+    with pytest.raises(TypeError, match=r"norm of dtype uint8: expected float32 or float64; normalise"):
+        norm(Tensor(np.ones((4, 3), np.uint8)))

@@ -303,7 +303,8 @@ def test_chrome_trace(tmp_path, clock, kernels):
     ]
     assert all(e["pid"] == 3 and e["tid"] == 0 for e in spans)
     assert spans[0]["args"] == {"layer": "features.0"}
-    assert spans[2]["args"] == {"variant": "reference", "flops": 3e9, "bytes": 6e9, "GFLOP/s": 100, "GB/s": 200}
+    facts = {"variant": "reference", "flops": 3e9, "bytes": 6e9, "GFLOP/s": 100, "GB/s": 200, "shapes": "float32[3]"}
+    assert spans[2]["args"] == facts
 
 
 def test_the_timeline_stops_growing_and_the_tables_do_not(monkeypatch, tmp_path, kernels):

@@ -201,3 +201,37 @@ def test_what_is_no_array_is_refused():
 
 def test_public_names_are_attached():
     assert nc.Tensor is Tensor
+
+
+def test_a_numpy_number_on_either_side_keeps_the_dtype_and_the_gradient():
+    x = leaf(3, dtype=np.float32)
+    for y in (np.float64(0.5) * x, x * np.float64(0.5), np.float32(0.5) * x, np.int64(1) * x / np.int64(2)):
+        assert isinstance(y, Tensor)
+        assert y.dtype == np.float32
+        x.zero_grad()
+        y.sum().backward()
+        np.testing.assert_array_equal(x.grad, [0.5] * 3)
+    assert (x ** np.float64(2)).dtype == np.float32
+
+
+def test_an_array_on_the_left():
+    a, x = np.array([[1.0, 2.0], [3.0, 4.0]]), leaf(2, 2)
+    for y, expected in ((a * x, a * x.data), (a + x, a + x.data), (a - x, a - x.data), (a / x, a / x.data)):
+        assert isinstance(y, Tensor)
+        np.testing.assert_array_equal(y.data, expected)
+    (a @ x).sum().backward()
+    np.testing.assert_array_equal(x.grad, a.T @ np.ones((2, 2)))
+
+
+def test_numpy_reads_the_values_and_applies_no_function_of_its_own():
+    x = leaf(3)
+    assert np.asarray(x) is x.data
+    np.testing.assert_array_equal(np.array(x, np.float32), x.data.astype(np.float32))
+    with pytest.raises(TypeError, match="ufunc"):
+        np.exp(x)
+
+
+def test_a_fraction_beside_integers_is_not_cut_off():
+    np.testing.assert_array_equal((Tensor([1, 2]) * 0.5).data, [0.5, 1])
+    assert (Tensor([1, 2]) * 2).dtype == np.int64
+    assert Tensor([1, 2]).mean().item() == 1.5

@@ -134,7 +134,9 @@ def _ahead(make: Callable[[], Batch], depth: int) -> Iterator[Batch]:
     def work() -> None:
         try:
             while places.acquire() and not given_up.is_set():
-                ready.put((make(), None))
+                with span("load", "data"):  # on the timeline a track of its own
+                    batch = make()
+                ready.put((batch, None))
         except BaseException as error:  # StopIteration, the end, among them
             ready.put((None, error))
 

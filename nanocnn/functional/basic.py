@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from ..kernels.dispatch import xp_of
-from ..kernels.elementwise import add_bias, bias_grad
+from ..kernels.elementwise import add_bias, as_rows, bias_grad
 from ..kernels.matmul import matmul as matmul_kernel
 from ..tensor import Op, Tensor, as_tensor
 
@@ -66,6 +67,8 @@ class Pow(Op):
 
     def backward(self, gy):
         (a,) = self.saved
+        if self.exponent == 0:  # 0 times a to the -1 would be NaN where a is 0
+            return xp_of(gy).zeros_like(gy)
         return gy * (self.exponent * a ** (self.exponent - 1))
 
 
@@ -112,23 +115,18 @@ class Linear(Op):
             shapes = f"{x.shape}, {w.shape}" + ("" if b is None else f", {b.shape}")
             raise ValueError(f"linear of shapes {shapes}: expected x (..., in), w (in, out), b (out,)")
         self.save(x, w)
-        y = matmul_kernel(_rows(x), w)
+        y = matmul_kernel(as_rows(x), w)
         if b is not None:
             add_bias(y, b)
         return y.reshape(*x.shape[:-1], w.shape[1])
 
     def backward(self, gy):
         x, w = self.saved
-        gy = _rows(gy)
+        gy = as_rows(gy)
         gx = matmul_kernel(gy, w.T).reshape(x.shape) if self.needs[0] else None
-        gw = matmul_kernel(_rows(x).T, gy) if self.needs[1] else None
+        gw = matmul_kernel(as_rows(x).T, gy) if self.needs[1] else None
         gb = bias_grad(gy) if self.needs[-1] and len(self.needs) == 3 else None
         return (gx, gw, gb)[: len(self.needs)]
-
-
-def _rows(x):
-    """(..., C) -> (rows, C), also where there are none."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class Reshape(Op):
@@ -230,8 +228,17 @@ class Cast(Op):
         return gy.astype(self.dtype)
 
 
+def need_floats(name: str, x: Tensor) -> None:
+    """Raise TypeError on anything but floating-point numbers: weights in the dtype of uint8 images would all be 0."""
+    if x.dtype.kind != "f":
+        raise TypeError(
+            f"{name} of dtype {x.dtype}: expected float32 or float64; normalise images first (nanocnn.data.Loader does)"
+        )
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """(..., in), (in, out), (out,) -> (..., out): x @ w + b."""
+    """(..., in), (in, out), (out,) -> (..., out): x @ w + b. Raises TypeError unless x is floating-point."""
+    need_floats("linear", x)
     return Linear.apply(x, w) if b is None else Linear.apply(x, w, b)
 
 
@@ -256,8 +263,11 @@ def pad(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def cast(x: Tensor, dtype: Any) -> Tensor:
-    """`x` in another floating-point dtype; the gradient comes back in x's own."""
-    return x if x.dtype == np.dtype(dtype) else Cast.apply(x, dtype=np.dtype(dtype))
+    """`x` in another floating-point dtype; the gradient comes back in x's own. Raises TypeError on other dtypes."""
+    dtype = np.dtype(dtype)
+    if dtype.kind != "f":
+        raise TypeError(f"cast to {dtype}: expected a floating-point dtype, float32 or float64")
+    return x if x.dtype == dtype else Cast.apply(x, dtype=dtype)
 
 
 def reshape(x: Tensor, *shape: Any) -> Tensor:
@@ -280,9 +290,13 @@ def sum(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = F
 
 
 def mean(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-    """Mean over all axes, or over those given."""
-    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
-    return Sum.apply(x, axis=axis, keepdims=keepdims) * (1.0 / math.prod(x.shape[i] for i in axes))
+    """Mean over all axes, or over those given. Raises ValueError where there is nothing to average."""
+    axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    count = math.prod(x.shape[i] for i in axes)
+    if not count:
+        along = "" if axis is None else f" over axis {axis}"
+        raise ValueError(f"mean of shape {x.shape}{along}: the mean of no elements is not defined")
+    return Sum.apply(x, axis=axis, keepdims=keepdims) * (1.0 / count)
 
 
 def max(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
@@ -291,8 +305,9 @@ def max(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = F
 
 
 def _pow(x: Tensor, exponent: float) -> Tensor:
-    if not isinstance(exponent, int | float):
-        raise TypeError(f"a tensor's power takes a Python number as its exponent, got {type(exponent).__name__}")
+    if not isinstance(exponent, Real):
+        raise TypeError(f"a tensor's power takes a number as its exponent, got {type(exponent).__name__}")
+    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent  # a np.float64 would widen float32
     return Pow.apply(x, exponent=exponent)
 
 
@@ -306,6 +321,7 @@ _OPERATORS = {
     "__truediv__": lambda a, b: Div.apply(a, b),
     "__rtruediv__": lambda a, b: Div.apply(as_tensor(b, a), a),
     "__matmul__": lambda a, b: MatMul.apply(a, b),
+    "__rmatmul__": lambda a, b: MatMul.apply(as_tensor(b, a), a),
     "__neg__": lambda a: Neg.apply(a),
     "__pow__": _pow,
     "__getitem__": lambda a, index: Slice.apply(a, index=index),

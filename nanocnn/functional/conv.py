@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..kernels import conv2d as kernels
 from ..kernels.elementwise import add_bias, bias_grad
 from ..tensor import Op, Tensor
+from .basic import need_floats
 from .geometry import Pair, pair
 
 
@@ -37,7 +38,7 @@ def conv2d(
     """(N, H, W, C), (KH, KW, C/groups, O), (O,) -> (N, OH, OW, O).
 
     OH = (H + 2 padding - dilation (KH - 1) - 1) // stride + 1, and OW likewise. Raises ValueError on shapes that do not
-    fit, TypeError on dtypes that differ.
+    fit, TypeError on dtypes that differ or are no floats.
     """
     if x.ndim != 4 or w.ndim != 4:
         raise ValueError(
@@ -52,6 +53,7 @@ def conv2d(
         raise ValueError(
             f"conv2d with {w.shape[3]} output channels: expected a bias of shape {w.shape[3:]}, got {b.shape}"
         )
+    need_floats("conv2d", x)
     if x.dtype != w.dtype:
         raise TypeError(f"conv2d of {x.dtype} images with {w.dtype} weights: give both one dtype (functional.cast)")
     geometry = dict(

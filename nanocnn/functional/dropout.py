@@ -8,6 +8,7 @@ from .. import random
 from ..kernels import dropout as kernels
 from ..kernels.dispatch import device_of, to_device
 from ..tensor import Op, Tensor
+from .basic import need_floats
 
 
 class Dropout(Op):
@@ -34,6 +35,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         raise ValueError(f"dropout: p={p!r}, expected a probability from 0 to 1")
     if not training or p == 0:
         return x
+    need_floats("dropout", x)
     if x.ndim == 0:
         raise ValueError("dropout of a scalar: expected a batch, (N, ...)")
     return Dropout.apply(x, p=p, key=random.next_key(len(x)))

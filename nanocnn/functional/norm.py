@@ -9,6 +9,7 @@ from ..kernels import batch_norm as kernels
 from ..kernels import layer_norm as layer_kernels
 from ..kernels.dispatch import xp_of
 from ..tensor import Op, Tensor, as_tensor
+from .basic import need_floats
 
 
 class BatchNorm(Op):
@@ -55,7 +56,8 @@ class LayerNorm(Op):
 
 
 def _affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`weight` and `bias`, 1 and 0 where None, checked to be one for each channel."""
+    """`weight` and `bias`, 1 and 0 where None, checked to be one for each channel of floats."""
+    need_floats(name, x)
     channels = (x.shape[-1],)
     xp = xp_of(x.data)
     weight = as_tensor(xp.ones(channels, x.dtype) if weight is None else weight)
@@ -83,7 +85,7 @@ def batch_norm(
     In training by the batch's mean and variance, and the raw arrays `running_mean` and `running_var` are updated in
     place: running = (1 - momentum) running + momentum batch, the variance unbiased, as in PyTorch. In evaluation by
     the running ones. An empty batch changes nothing. Raises ValueError on shapes that do not fit, and in training on
-    one row, whose variance nobody knows.
+    one row, whose variance nobody knows; TypeError unless x is floating-point.
     """
     if x.ndim not in (2, 4):
         raise ValueError(f"batch_norm of shape {x.shape}: expected (N, C) or (N, H, W, C)")
@@ -104,7 +106,7 @@ def batch_norm(
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(..., C), each row normalised by its own mean and variance; then times `weight` plus `bias`, (C,) or None.
 
-    Ba, Kiros & Hinton 2016. Raises ValueError on shapes that do not fit.
+    Ba, Kiros & Hinton 2016. Raises ValueError on shapes that do not fit, TypeError unless x is floating-point.
     """
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"layer_norm of shape {x.shape}: expected (..., C) with at least one channel")

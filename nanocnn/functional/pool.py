@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kernels import pool2d as kernels
 from ..kernels.dispatch import xp_of
 from ..tensor import Op, Tensor
-from .basic import reshape
+from .basic import need_floats, reshape
 from .geometry import Pair, pair
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # kernel, stride, padding
@@ -62,6 +62,7 @@ def _between(xp, x, rows, columns):
 def _image(name: str, x: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"{name} of shape {x.shape}: expected images (N, H, W, C)")
+    need_floats(name, x)
 
 
 def _window(name: str, x: Tensor, kernel_size: Pair, stride: Pair | None, padding: Pair) -> Window:

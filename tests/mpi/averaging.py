@@ -42,6 +42,8 @@ for step, (reduce, overlap) in enumerate(WAYS * 3):
             if arrives[rank][i]:
                 named[i][1].backward(everybodys[rank][i])
                 named[i][1].on_grad and named[i][1].on_grad(named[i][1])  # a bare leaf has no graph that would
+        if reduce != "allreduce" or overlap == "off":
+            comm.barrier()  # a call of the script's own, while some ranks have sent more buckets than others
         averager.finish()
         assert averager.method == ("none" if size == 1 else "window" if reduce == "auto" else reduce)
         for i, (name, p) in enumerate(named):
@@ -71,7 +73,7 @@ if size > 1:
     with using(overlap="off" if rank else "on"), pytest.raises(ValueError, match="differ in overlap"):
         GradientAverager(make_buckets([("p", p)]), comm)
 
-    window.free_bytes, truth = (lambda: 1000), window.free_bytes
+    window.free_bytes, truth = (lambda: 10), window.free_bytes
     averager = GradientAverager(make_buckets([("p", p)]), comm)
     assert averager.method == "iallreduce"
     with using(reduce="window"), pytest.raises(ChoiceError, match="--shm-size"):
