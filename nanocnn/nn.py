@@ -191,7 +191,7 @@ def _floating_dtype(where: Any) -> np.dtype:
 
 def _check_sizes(layer: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, Integral) or size < 1:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{layer}: {name}={size!r}, expected an integer of at least 1")
 
 

@@ -198,7 +198,7 @@ def test_impossible_layers_are_refused(make, message):
     ("make", "message"),
     [
         (lambda: nn.Linear(0, 3), "in_features=0, expected an integer of at least 1"),
-        (lambda: nn.Linear(3, 2.5), "out_features=2.5"),
+        (lambda: nn.Linear(3, True), "out_features=True"),
         (lambda: nn.Conv2d(0, 3, 3), "in_channels=0"),
         (lambda: nn.Conv2d(3, -1, 3), "out_channels=-1"),
         (lambda: nn.BatchNorm1d(0), "BatchNorm1d: num_features=0"),
