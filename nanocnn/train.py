@@ -62,8 +62,8 @@ def train_step(
     if not math.isfinite(loss_sum):
         raise NonFiniteLoss(
             f"the loss is {loss_sum} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
-            "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or --clip 1, "
-            "and check the images for NaN; --resume goes on from the last checkpoint"
+            "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or "
+            "--clip 1, and check the images for NaN; --resume goes on from the last checkpoint"
         )
     if clip is not None:
         clip_grad_norm_(averager.buckets, clip)

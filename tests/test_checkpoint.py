@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nanocnn import checkpoint
+from nanocnn import checkpoint, state_tree
 from nanocnn.checkpoint import CheckpointError, check_same, latest, load, save, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,15 +137,15 @@ def test_round_trip_of_random_states(tmp_path, original):
 
 @pytest.mark.parametrize("shape", [(5, 700_000), (3, 2, 1_500_000), (9_000_001,), (1, 1, 3)])
 def test_chunks_are_small_cover_the_array_and_waste_little(shape, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 4 << 20)
-    chunk = checkpoint._chunks(shape, 4)
+    monkeypatch.setattr(state_tree, "CHUNK_BYTES", 4 << 20)
+    chunk = state_tree._chunks(shape, 4)
     assert math.prod(chunk) * 4 <= 4 << 20
     stored = math.prod(math.ceil(n / c) * c for n, c in zip(shape, chunk, strict=True))
     assert stored <= 1.3 * math.prod(shape)
 
 
 def test_arrays_of_many_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(state_tree, "CHUNK_BYTES", 100)
     original = {"a": np.arange(1001.0), "b": np.arange(7 * 11 * 13, dtype=np.int16).reshape(7, 11, 13)}
     assert same(load(save(tmp_path, 0, original)), original)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from abc import ABC, abstractmethod
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from ..kernels import threads
 
 
-class Comm:
+class Comm(ABC):
     """What `Alone` and `MPI` have in common. Every method but `abort` is to be called by all ranks, in one order."""
 
     rank: int
@@ -22,37 +23,37 @@ class Comm:
     hosts: list[str]  # names, in the order of their first ranks
     threads: int  # of this rank, for BLAS and Numba each
 
+    @abstractmethod
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def broadcast(self, array: np.ndarray, root: int = 0) -> np.ndarray:
         """Copy rank `root`'s values into `array`, in place, on all ranks; returns it. Any dtype but object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def all_reduce(self, array: np.ndarray) -> np.ndarray:
         """Replace `array`, in place, by its sum over the ranks; returns it. Integers, float32 and wider."""
-        raise NotImplementedError
 
+    @abstractmethod
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on some rank: the same answer on all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank. Any object that pickles; meant for small ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Rank `root`'s value. Any object that pickles; meant for small ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def abort(self, code: int = 1) -> NoReturn:
         """End all ranks at once with status `code`: no `finally` runs, nothing is saved."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> str:
         """One line: ranks, hosts, threads, MPI library, and what was done about the environment."""
-        raise NotImplementedError
 
 
 class Alone(Comm):
