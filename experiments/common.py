@@ -26,6 +26,9 @@ from nanocnn.resume import Position
 from nanocnn.schedules import SCHEDULES
 from nanocnn.train import NonFiniteLoss, evaluate, train_step
 
+# Peak learning rates at batch 128 with which each update rule learns; LARS scales by its trust coefficient of 0.001.
+LEARNING_RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adagrad": 1e-2, "lars": 5.0}
+
 
 def training_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with the options of data, optimisation, run and engine; a script adds those of its model."""
@@ -40,7 +43,11 @@ def training_parser(description: str, epilog: str) -> argparse.ArgumentParser:
 
 
 class _TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each help text; the examples of the epilog as they were written."""
+    """Defaults after each help text, where there is one; the examples of the epilog as they were written."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, []) or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 def _add_data(group) -> None:
@@ -68,7 +75,8 @@ def _add_optimisation(group) -> None:
     group.add_argument("--epochs", type=count, default=20, help="passes over the training set")
     group.add_argument("--batch-size", type=count, default=128, help="images a step, over all ranks together")
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="update rule")
-    group.add_argument("--lr", type=positive, default=0.03, help="peak learning rate")
+    peaks = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+    group.add_argument("--lr", type=positive, help=f"peak learning rate; else by the update rule: {peaks}")
     group.add_argument("--momentum", type=natural_real, default=0.9, help="of SGD (Nesterov's) and LARS")
     group.add_argument("--weight-decay", type=natural_real, default=5e-4, help="of weights; biases and norms have none")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine", help="learning rate over the steps")
@@ -158,6 +166,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.patience and not args.val:
         parser.error("--patience selects by the validation set, and --val 0 leaves none")
+    args.lr = args.lr or LEARNING_RATES[args.optimizer]
     policy, choices = parse_use(args.use)
     try:
         nc.use(*policy, **choices)
@@ -231,6 +240,7 @@ def compile_kernels(
     tuning = "tuned" in choices_in_force().values()
     if comm.local_rank == 0:
         patience = threading.Timer(2, say, ["compiling kernels, once (up to a minute)"])
+        patience.daemon = True  # after an error it has nothing to say any more
         patience.start()
         model = make_model(width=args.width if tuning else 1 / 64)
         optimizer = make_optimizer(args, model)

@@ -29,7 +29,7 @@ LOCAL_RANKS = (
     "SLURM_STEP_TASKS_PER_NODE",
 )
 NUMBA_CACHES = (  # where Numba keeps compiled kernels, if it can; if it can in neither, it refuses to be imported
-    Path(__file__).parent / "__pycache__",
+    Path(__file__).resolve().parent / "__pycache__",
     Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "numba"),
 )
 CGROUP = Path("/sys/fs/cgroup")

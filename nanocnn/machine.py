@@ -73,7 +73,6 @@ def _processor() -> dict[str, Any]:
     places = set(
         zip(re.findall(r"^physical id\s*:(.*)", text, re.M), re.findall(r"^core id\s*:(.*)", text, re.M), strict=False)
     )
-    quota = _read("/sys/fs/cgroup/cpu.max").split()
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind = _read(index / "level").strip(), _read(index / "type").strip()
@@ -87,7 +86,7 @@ def _processor() -> dict[str, Any]:
         logical=os.cpu_count(),
         physical=len(places) or None,
         affinity=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        quota=int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0].isdigit() else None,
+        quota=threads.quota(),
         usable=threads.cores(),
     )
 
@@ -152,11 +151,8 @@ def _threading_layer() -> str:
 
 def _cache_folder() -> tuple[Path, bool]:
     """Where Numba keeps compiled kernels, and whether it can: beside the sources, else the user's cache folder."""
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        folders = [Path(os.environ["NUMBA_CACHE_DIR"])]
-    else:
-        user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folders = [Path(threads.__file__).resolve().parent / "__pycache__", Path(user) / "numba"]
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    folders = (Path(chosen),) if chosen else threads.NUMBA_CACHES
     for folder in folders:
         if _writable(folder):
             return folder, True

@@ -85,15 +85,3 @@ def next_key(rows: int) -> Key:
         )
     _stream += 1
     return Key(samples, _seed, epoch, KEYED_STREAMS + _stream - 1)
-
-
-def state_dict() -> dict[str, int]:
-    """What a checkpoint keeps so that dropout goes on as it would have: seed, and masks drawn outside keyed()."""
-    return {"seed": _seed, "drawn": _drawn}
-
-
-def load_state_dict(state: dict[str, int]) -> None:
-    """Go on from a `state_dict()`. The weights' generator starts over: a model that resumes has its weights."""
-    global _drawn
-    manual_seed(int(state["seed"]))
-    _drawn = int(state["drawn"])

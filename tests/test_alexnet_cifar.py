@@ -263,6 +263,15 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tmp_path):
     assert 0 < state["position"]["epoch"] < 3
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adagrad", "lars"])
+def test_every_update_rule_learns_by_default(tmp_path, optimizer):
+    options = ("--optimizer", optimizer, "--no-augment", "--dropout", "0", "--batch-norm", "--epochs", "8")
+    outcome = run(0, tmp_path, "--name", "run", *options)
+    assert outcome.status == 0, outcome.output
+    history = json.loads((tmp_path / "run" / "result.json").read_text())["history"]
+    assert history[-1]["loss"] < 0.75 * history[0]["loss"]
+
+
 def test_help_teaches():
     outcome = finish(start([sys.executable, str(SCRIPT), "--help"]))
     assert outcome.status == 0

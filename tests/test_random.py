@@ -14,9 +14,8 @@ VARIANTS = tuple(random_bits.variants)
 
 @pytest.fixture(autouse=True)
 def _restore():
-    state = random.state_dict()
     yield
-    random.load_state_dict(state)
+    random.manual_seed(0)
 
 
 def _philox(counter, key):
@@ -103,16 +102,6 @@ def test_keyed_ends_with_an_exception():
     with pytest.raises(KeyError), random.keyed(1, [1]):
         raise KeyError
     assert random.next_key(1).stream == random.COUNTED_STREAMS
-
-
-def test_masks_go_on_where_a_checkpoint_left_them():
-    random.manual_seed(8)
-    random.next_key(1)
-    state = random.state_dict()
-    expected = random.next_key(1)
-    random.manual_seed(9)
-    random.load_state_dict(state)
-    assert random.next_key(1) == expected
 
 
 @pytest.mark.parametrize("samples", [[1.5, 2.0], [[1, 2]], 3])
