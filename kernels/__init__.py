@@ -11,8 +11,13 @@ threads.configure()  # before NumPy and Numba are imported: they read the enviro
 import importlib  # noqa: E402
 import pkgutil  # noqa: E402
 
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.ispkg:
-        importlib.import_module(f"{__name__}.{_module.name}")
+_modules = [
+    importlib.import_module(f"{__name__}.{_found.name}")
+    for _found in pkgutil.iter_modules(__path__)
+    if not _found.ispkg
+]
 
+from . import compiled  # noqa: E402
+
+compiled.keep(_modules)
 threads.limit(threads.share())

@@ -11,23 +11,27 @@ import numpy as np
 
 from .dispatch import Primitive, plain_floats, xp_of
 from .elementwise import as_rows
+from .epilogue import finish
 from .im2col import col2im, col2im_into, im2col, im2col_into, output_shape
 from .matmul import matmul
-from .memory import scratch
+from .memory import empty, scratch
 
 # ------------------------------------------------------------------ the reference: im2col, GEMM, col2im
 
 
 @Primitive
-def conv2d(x, w, stride, padding, dilation, groups):
-    """(N, H, W, C), (KH, KW, C/groups, O) -> (N, OH, OW, O), by im2col and one GEMM a group."""
+def conv2d(x, w, stride, padding, dilation, groups, *, bias=None, residual=None, relu=False):
+    """(N, H, W, C), (KH, KW, C/groups, O) -> (N, OH, OW, O), by im2col and one GEMM a group.
+
+    Then, where given, plus `bias` (O,), plus `residual` (N, OH, OW, O), and max(y, 0): the epilogue.
+    """
     n, oh, ow = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
     out = xp_of(x).empty((n, oh, ow, w.shape[3]), x.dtype)
     for of_x, of_y in _groups(w, groups):
         cols = im2col(x[..., of_x], w.shape[:2], stride, padding, dilation)
         wg = as_rows(w[..., of_y])
         out[..., of_y] = matmul(cols, wg).reshape(n, oh, ow, wg.shape[1])
-    return out
+    return finish(out, bias, residual, relu)
 
 
 @Primitive
@@ -61,9 +65,9 @@ def _groups(w, groups):
 COLUMN_BYTES = 8 << 20  # of the columns held at once: a share of the L3 cache, yet a GEMM tall enough for every thread
 
 
-def _one_group(*args):
-    """For each of the three primitives, whose arguments all end in `groups`."""
-    return args[-1] == 1 and plain_floats(*args)
+def _one_group(*args, **epilogue):
+    """For each of the three primitives, whose positional arguments all end in `groups`."""
+    return args[-1] == 1 and plain_floats(*args, **epilogue)
 
 
 def _blocks(n, rows, width, itemsize):
@@ -73,17 +77,17 @@ def _blocks(n, rows, width, itemsize):
 
 
 @conv2d.variant("blocked", supports=_one_group)
-def conv2d_blocked(x, w, stride, padding, dilation, groups):
+def conv2d_blocked(x, w, stride, padding, dilation, groups, **epilogue):
     """Numba im2col into one reused buffer, a block of images at a time: columns are read back from cache"""
     kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, dilation)
-    y = np.empty((n, oh, ow, w.shape[3]), x.dtype)
+    y = empty((n, oh, ow, w.shape[3]), x.dtype)
     w = as_rows(w)
     for block in _blocks(n, oh * ow, width, x.itemsize):
         cols = scratch(((block.stop - block.start) * oh * ow, width), x.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
         matmul(cols, w, out=y[block].reshape(len(cols), w.shape[1]))
-    return y
+    return finish(y, **epilogue)
 
 
 @conv2d_grad_x.variant("blocked", supports=_one_group)
@@ -91,7 +95,7 @@ def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups):
     """the GEMM's columns go to one reused buffer and are gathered from there while still in cache"""
     kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
     n, oh, ow, o = gy.shape
-    gx = np.empty(x_shape, gy.dtype)
+    gx = empty(x_shape, gy.dtype)
     gy, w = np.ascontiguousarray(gy), as_rows(w)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
         cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
@@ -122,11 +126,12 @@ def _is_pointwise(kernel, stride, padding, groups):
 
 
 @conv2d.variant(
-    "pointwise", supports=lambda x, w, s, p, d, g: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(x, w)
+    "pointwise",
+    supports=lambda x, w, s, p, d, g, **e: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(x, w, **e),
 )
-def conv2d_pointwise(x, w, stride, padding, dilation, groups):
+def conv2d_pointwise(x, w, stride, padding, dilation, groups, **epilogue):
     """1x1, stride 1: the image already is its columns"""
-    return matmul(as_rows(x), w[0, 0]).reshape(*x.shape[:3], w.shape[3])
+    return finish(matmul(as_rows(x), w[0, 0]).reshape(*x.shape[:3], w.shape[3]), **epilogue)
 
 
 @conv2d_grad_x.variant(
@@ -155,7 +160,7 @@ def _work(gy_size, x_size, w_shape, itemsize):
 
 
 @conv2d.work
-def _(x, w, stride, padding, dilation, groups):
+def _(x, w, stride, padding, dilation, groups, **epilogue):
     n, oh, ow = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
     return _work(n * oh * ow * w.shape[3], x.size, w.shape, x.itemsize)
 

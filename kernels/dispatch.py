@@ -11,15 +11,17 @@ named choice that is no kernel. `using()` chooses, `board()` lists; nothing else
     def relu_numba(x): ...
 
     with using("reference", relu="numba"): ...
+    with using(conv2d="upto:blocked"): ...              # `blocked` where it can, else the nearest rung before it
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ POLICIES = {
     "tuned": "measure the variants once for each shape and keep the answer in a file",
     "reference": "the first body of each primitive: plain NumPy or CuPy code",
 }
+UP_TO = "upto:"  # conv2d="upto:blocked": "fastest" on a ladder that ends with the rung `blocked`
 
 
 class ChoiceError(ValueError):
@@ -109,11 +112,13 @@ class Switch:
         _claim(name)
         self.name, self.about, self.choices = name, about, choices
         self.default = next(iter(choices))
+        self.asked = False  # whether anything has looked at it: a switch that nobody asked changed nothing
         self.place = _place(1)
         switches[name] = self
 
     @property
     def value(self) -> str:
+        self.asked = True
         return _choices.get(self.name, self.default)
 
 
@@ -140,19 +145,31 @@ def board() -> list[dict[str, Any]]:
         )
     for s in switches.values():
         rows.append(
-            dict(name=s.name, kind="switch", choices=dict(s.choices), current=s.value, about=s.about, place=s.place)
+            dict(
+                name=s.name,
+                kind="switch",
+                choices=dict(s.choices),
+                current=_choices.get(s.name, s.default),
+                about=s.about,
+                place=s.place,
+            )
         )
     return rows
 
 
 def choices_in_force() -> dict[str, str]:
     """What `using()` has set, with the policy: what a result file records."""
-    return {"policy": _policy, **{s.name: s.value for s in switches.values()}, **_choices}
+    return {"policy": _policy, **{s.name: s.default for s in switches.values()}, **_choices}
 
 
 def variants_that_ran() -> dict[str, list[str]]:
     """For each primitive that was called, the variants that did the work, in the order of its ladder."""
     return {p.name: [name for name in p.variants if name in p.ran] for p in primitives.values() if p.ran}
+
+
+def switches_asked() -> dict[str, str]:
+    """The switches that the run has looked at so far, with their values: the others made no difference to it."""
+    return {s.name: _choices.get(s.name, s.default) for s in switches.values() if s.asked}
 
 
 def use(*policy: str, **choices: str) -> None:
@@ -188,11 +205,14 @@ def _checked(policy: tuple[str, ...], choices: dict[str, str]) -> tuple[str, dic
         if entry is None:
             names = ", ".join(sorted([*primitives, *switches]))
             raise ChoiceError(f"unknown primitive or switch {name!r}; there are: {names} (python -m nanocnn switches)")
-        allowed = (
-            list(dict.fromkeys([*entry.variants, *POLICIES])) if isinstance(entry, Primitive) else list(entry.choices)
-        )
-        if choice not in allowed:
-            raise ChoiceError(f"{name} has no choice {choice!r}; there are: {', '.join(allowed)} ({entry.place})")
+        if isinstance(entry, Primitive):
+            allowed = list(dict.fromkeys([*entry.variants, *POLICIES]))
+            known = choice in allowed or choice.removeprefix(UP_TO) in entry.variants
+        else:
+            allowed, known = list(entry.choices), choice in entry.choices
+        if not known:
+            more = f"; {UP_TO}NAME is the last rung up to NAME that can" if choice.startswith(UP_TO) else ""
+            raise ChoiceError(f"{name} has no choice {choice!r}; there are: {', '.join(allowed)} ({entry.place}){more}")
     return chosen, {**_choices, **choices}
 
 
@@ -219,7 +239,8 @@ def anything(*args: Any, **kwargs: Any) -> bool:
 class Variant:
     """One body of a primitive. `device` None is any device; `supports` is called with the primitive's arguments.
 
-    `auto` False is a rung to learn from, slower than one below it: it runs only where it is chosen by name.
+    `auto` says whether "fastest" may take it: False for a rung to learn from, slower than the one before it; a function
+    of the arguments where it depends on them.
     """
 
     name: str
@@ -227,7 +248,11 @@ class Variant:
     device: str | None
     supports: Callable[..., bool]
     place: str
-    auto: bool = True
+    auto: bool | Callable[..., bool] = True
+
+    def pays(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether "fastest" may take it for this call."""
+        return self.auto(*args, **kwargs) if callable(self.auto) else self.auto
 
     def __post_init__(self) -> None:
         self.__doc__ = self.body.__doc__
@@ -262,11 +287,19 @@ class Primitive:
         primitives[self.name] = self
 
     def variant(
-        self, name: str, *, device: str = "cpu", supports: Callable[..., bool] = plain_floats, auto: bool = True
+        self,
+        name: str,
+        *,
+        device: str = "cpu",
+        supports: Callable[..., bool] = plain_floats,
+        auto: bool | Callable[..., bool] = True,
     ) -> Callable:
-        """Register the next rung. `supports(*args, **kwargs)` says whether it can do this call."""
+        """Register the next rung. `supports(*args, **kwargs)` says whether it can do this call, `auto` (or
+        `auto(*args, **kwargs)`) whether "fastest" should let it."""
         if name in self.variants or name in POLICIES:
             raise ChoiceError(f"{self.name} already has a variant {name!r}")
+        if name.startswith(UP_TO):
+            raise ChoiceError(f"a variant of {self.name} cannot be called {name!r}: {UP_TO} begins a choice")
 
         def register(body: Callable) -> Callable:
             self.variants[name] = Variant(name, body, device, supports, _place_of(body), auto)
@@ -295,9 +328,11 @@ class Primitive:
             return tuned.choose(self, args, kwargs)
         device = _device_of_call(args, kwargs)
         if choice in POLICIES:
-            for variant in reversed(self.variants.values()):
-                if variant.auto and variant.device in (None, device) and variant.supports(*args, **kwargs):
-                    return variant
+            return self._first_able(reversed(self.variants.values()), "", device, args, kwargs)
+        if choice.startswith(UP_TO):
+            end = choice.removeprefix(UP_TO)
+            rungs = itertools.dropwhile(lambda v: v.name != end, reversed(self.variants.values()))
+            return self._first_able(rungs, end, device, args, kwargs)
         variant = self.variants[choice]
         if variant.device not in (None, device) or not variant.supports(*args, **kwargs):
             able = ", ".join(v.name for v in self.candidates(*args, **kwargs))
@@ -306,6 +341,14 @@ class Primitive:
                 f"variants that can: {able} ({variant.place})"
             )
         return variant
+
+    def _first_able(self, rungs: Iterable[Variant], named: str, device: str, args: tuple, kwargs: dict) -> Variant:
+        """The first of `rungs` that can do the call and is automatic or `named`; the reference, the last, always is."""
+        for variant in rungs:
+            able = variant.device in (None, device) and variant.supports(*args, **kwargs)
+            if able and (variant.name == named or variant.pays(*args, **kwargs)):
+                return variant
+        raise AssertionError("a ladder begins with the reference, which can do every call")
 
     def __call__(self, *args: Any, **kwargs: Any):
         variant = self.choose(*args, **kwargs)

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
+from .memory import empty, empty_like
 from .random import philox_blocks, random_bits
 
 
@@ -34,7 +35,7 @@ def dropout(x, samples, p, seed, epoch, stream):
 @dropout.variant("numba", supports=lambda x, *_: plain_floats(x))
 def dropout_numba(x, samples, p, seed, epoch, stream):
     """draws and applies in one pass, 1 KB of random bits at a time; parallel over samples"""
-    y, mask = np.empty(x.shape, x.dtype), np.empty(x.shape, np.uint8)
+    y, mask = empty_like(x), empty(x.shape, np.uint8)
     key = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     place = np.uint32(stream & 0xFFFFFFFF), np.uint32(epoch & 0xFFFFFFFF)
     how = np.uint32(_threshold(p)), _scale(p, x.dtype)
@@ -78,7 +79,7 @@ def dropout_grad(gy, mask, p):
 @dropout_grad.variant("numba")
 def dropout_grad_numba(gy, mask, p):
     """one parallel loop"""
-    gx = np.empty(gy.shape, gy.dtype)
+    gx = empty_like(gy)
     flat = np.ascontiguousarray(gy).reshape(-1), np.ascontiguousarray(mask).reshape(-1)
     _dropout_grad(*flat, _scale(p, gy.dtype), gx.reshape(-1))
     return gx

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
+from .memory import empty
 
 
 def output_size(size, kernel, stride, padding, dilation):
@@ -54,7 +55,7 @@ def taps(i, j, oh, ow, stride, dilation):
 def im2col_numba(x, kernel, stride, padding, dilation):
     """no padded copy; one pass, parallel over output rows"""
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, dilation)
-    cols = np.empty((n * oh * ow, kernel[0] * kernel[1] * x.shape[3]), x.dtype)
+    cols = empty((n * oh * ow, kernel[0] * kernel[1] * x.shape[3]), x.dtype)
     im2col_into(cols, x, kernel, stride, padding, dilation)
     return cols
 
@@ -109,7 +110,7 @@ def col2im(cols, x_shape, kernel, stride, padding, dilation):
 @col2im.variant("numba")
 def col2im_numba(cols, x_shape, kernel, stride, padding, dilation):
     """each pixel gathers what lands on it: one write a pixel, no races, parallel over image rows"""
-    x = np.empty(x_shape, cols.dtype)
+    x = empty(x_shape, cols.dtype)
     col2im_into(x, cols, kernel, stride, padding, dilation)
     return x
 

@@ -7,6 +7,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
+from .memory import empty_like
 from .vecmath import SUMS
 
 ROWS = 32  # rows whose share of the weights' gradients one thread adds up before it is put down
@@ -25,7 +26,7 @@ def layer_norm(x, weight, bias, eps):
 @layer_norm.variant("numba")
 def layer_norm_numba(x, weight, bias, eps):
     """parallel over rows, each in cache for its three passes"""
-    y = np.empty(x.shape, x.dtype)
+    y = empty_like(x)
     rows = as_rows(np.ascontiguousarray(x))
     mean, rstd = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
     _layer_norm(rows, weight, bias, eps, as_rows(y), mean, rstd)
@@ -71,7 +72,7 @@ def layer_norm_grad(gy, x, mean, rstd, weight):
 @layer_norm_grad.variant("numba")
 def layer_norm_grad_numba(gy, x, mean, rstd, weight):
     """one pass over gy and x for all three gradients, parallel over blocks of rows that are summed in order"""
-    gx = np.empty(x.shape, x.dtype)
+    gx = empty_like(x)
     gy, x = as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(x))
     partial = np.zeros((-(-len(x) // ROWS), 2, x.shape[1]), x.dtype)
     _layer_norm_grad(gy, x, mean, rstd, weight, as_rows(gx), partial)

@@ -6,20 +6,24 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
+from .epilogue import finish
 
 
 @Primitive
-def matmul(a, b, out=None):
-    """(..., M, K) @ (..., K, N) -> (..., M, N), by the BLAS of NumPy or CuPy, which also takes transposed views."""
-    return xp_of(a).matmul(a, b, out=out)
+def matmul(a, b, out=None, *, bias=None, relu=False):
+    """(..., M, K) @ (..., K, N) -> (..., M, N), by the BLAS of NumPy or CuPy, which also takes transposed views.
+
+    Then, where given, plus `bias` (N,) and max(y, 0): the epilogue.
+    """
+    return finish(xp_of(a).matmul(a, b, out=out), bias, relu=relu)
 
 
-def _two_matrices(a, b, out=None):
-    return plain_floats(a, b) and a.ndim == b.ndim == 2
+def _two_matrices(a, b, out=None, *, bias=None, relu=False):
+    return plain_floats(a, b, bias) and a.ndim == b.ndim == 2
 
 
 @matmul.variant("tiled", supports=_two_matrices, auto=False)
-def matmul_tiled(a, b, out=None):
+def matmul_tiled(a, b, out=None, **epilogue):
     """our own loops, tiled so that a block of B stays in cache, parallel over rows of C"""
     if out is None:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype)
@@ -29,7 +33,7 @@ def matmul_tiled(a, b, out=None):
     _tiled(np.ascontiguousarray(a), np.ascontiguousarray(b), c)
     if c is not out:
         out[...] = c
-    return out
+    return finish(out, **epilogue)
 
 
 ROWS, INNER = 8, 128  # 128 rows of B at 256 columns are 128 KB: they stay in L2 while 8 rows of C pass
@@ -51,7 +55,7 @@ def _tiled(a, b, c):
 
 
 @matmul.work
-def _(a, b, out=None):
+def _(a, b, out=None, **epilogue):
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     batch = max(a.size // max(m * k, 1), b.size // max(k * n, 1))
     return 2.0 * batch * m * n * k, a.nbytes + b.nbytes + batch * m * n * a.itemsize

@@ -13,6 +13,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
+from .memory import empty_like
 from .vecmath import SUMS, exp
 
 
@@ -31,7 +32,7 @@ def softmax(x):
 @softmax.variant("numba")
 def softmax_numba(x):
     """parallel over rows, each in cache for its three passes; a vectorised exponential"""
-    y = np.empty(x.shape, x.dtype)
+    y = empty_like(x)
     _softmax(as_rows(np.ascontiguousarray(x)), as_rows(y))
     return y
 
@@ -86,7 +87,7 @@ def softmax_grad(gy, y):
 @softmax_grad.variant("numba")
 def softmax_grad_numba(gy, y):
     """parallel over rows, each in cache for its two passes"""
-    gx = np.empty(y.shape, y.dtype)
+    gx = empty_like(y)
     _softmax_grad(as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(y)), as_rows(gx))
     return gx
 
@@ -113,7 +114,7 @@ def log_softmax(x):
 @log_softmax.variant("numba")
 def log_softmax_numba(x):
     """parallel over rows, each in cache for its three passes; a vectorised exponential"""
-    y = np.empty(x.shape, x.dtype)
+    y = empty_like(x)
     _log_softmax(as_rows(np.ascontiguousarray(x)), as_rows(y))
     return y
 
@@ -137,7 +138,7 @@ def log_softmax_grad(gy, y):
 @log_softmax_grad.variant("numba")
 def log_softmax_grad_numba(gy, y):
     """parallel over rows, each in cache for its two passes; a vectorised exponential"""
-    gx = np.empty(y.shape, y.dtype)
+    gx = empty_like(y)
     _log_softmax_grad(as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(y)), as_rows(gx))
     return gx
 
@@ -219,7 +220,7 @@ def cross_entropy_grad(gy, logits, labels, lse, smoothing):
 @cross_entropy_grad.variant("numba")
 def cross_entropy_grad_numba(gy, logits, labels, lse, smoothing):
     """one pass, parallel over rows"""
-    g = np.empty(logits.shape, logits.dtype)
+    g = empty_like(logits)
     arrays = (np.ascontiguousarray(a) for a in (gy, logits, labels, lse))
     _cross_entropy_grad(*arrays, float(smoothing), g)
     return g

@@ -29,7 +29,8 @@ def file() -> Path:
 
 def choose(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
     """The variant for this call: from the table, or measured now."""
-    candidates = {v.name: v for v in primitive.candidates(*args, **kwargs)}
+    able = primitive.candidates(*args, **kwargs)
+    candidates = {v.name: v for v in able if v.auto is not False}  # rungs to learn from would take seconds to measure
     if len(candidates) == 1:
         return next(iter(candidates.values()))
     if not choices:
@@ -40,7 +41,7 @@ def choose(primitive: Primitive, args: tuple, kwargs: dict) -> Variant:
     if choices.get(key) in candidates:
         return candidates[choices[key]]
     if not measuring:
-        return [v for v in candidates.values() if v.auto][-1]
+        return [v for v in candidates.values() if v.pays(*args, **kwargs)][-1]
     times = {}
     with paused():
         for variant in candidates.values():

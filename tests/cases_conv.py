@@ -22,6 +22,11 @@ GEOMETRIES = [
     ((2, 5, 4, 0), (1, 1), 3, (1, 1), (0, 0), (1, 1), 1),
     ((2, 5, 4, 3), (3, 2), 0, (1, 1), (1, 1), (1, 1), 1),
     ((2, 5, 4, 3), (1, 1), 0, (1, 1), (0, 0), (1, 1), 1),
+    ((2, 9, 10, 37), (3, 3), 43, (1, 1), (1, 1), (1, 1), 1),  # whole vectors and panels, and tails of both
+    ((2, 9, 10, 37), (3, 3), 43, (2, 2), (1, 1), (1, 1), 1),
+    ((2, 8, 7, 16), (3, 3), 64, (2, 2), (0, 0), (1, 1), 1),
+    ((1, 2, 2, 3), (3, 3), 4, (1, 1), (2, 2), (1, 1), 1),  # an image smaller than the kernel
+    ((1, 4, 4, 32), (3, 3), 32, (2, 2), (2, 2), (1, 1), 1),
 ]
 
 
@@ -38,7 +43,12 @@ def _conv_arrays(rng, dtype):
 
 
 def conv2d(rng, dtype):
-    return [((x, w, *geometry), {}) for x, w, _, geometry in _conv_arrays(rng, dtype)]
+    calls = []
+    for x, w, gy, geometry in _conv_arrays(rng, dtype):
+        bias, residual = rng.standard_normal(w.shape[3]).astype(dtype), rng.standard_normal(gy.shape).astype(dtype)
+        everything = dict(bias=bias, residual=residual, relu=True)
+        calls += [((x, w, *geometry), kwargs) for kwargs in ({}, dict(bias=bias, relu=True), everything)]
+    return calls
 
 
 def conv2d_grad_x(rng, dtype):
