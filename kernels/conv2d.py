@@ -121,13 +121,14 @@ def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups):
 # ------------------------------------------------------------------ pointwise: a 1x1 convolution is a plain GEMM
 
 
-def _is_pointwise(kernel, stride, padding, groups):
+def is_pointwise(kernel, stride, padding, groups):
+    """Whether a convolution is a plain GEMM."""
     return tuple(kernel) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and groups == 1
 
 
 @conv2d.variant(
     "pointwise",
-    supports=lambda x, w, s, p, d, g, **e: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(x, w, **e),
+    supports=lambda x, w, s, p, d, g, **e: is_pointwise(w.shape[:2], s, p, g) and plain_floats(x, w, **e),
 )
 def conv2d_pointwise(x, w, stride, padding, dilation, groups, **epilogue):
     """1x1, stride 1: the image already is its columns"""
@@ -135,7 +136,7 @@ def conv2d_pointwise(x, w, stride, padding, dilation, groups, **epilogue):
 
 
 @conv2d_grad_x.variant(
-    "pointwise", supports=lambda gy, w, shape, s, p, d, g: _is_pointwise(w.shape[:2], s, p, g) and plain_floats(gy, w)
+    "pointwise", supports=lambda gy, w, shape, s, p, d, g: is_pointwise(w.shape[:2], s, p, g) and plain_floats(gy, w)
 )
 def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups):
     """1x1, stride 1: gy times the transposed weights"""
@@ -143,7 +144,7 @@ def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups):
 
 
 @conv2d_grad_w.variant(
-    "pointwise", supports=lambda gy, x, shape, s, p, d, g: _is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x)
+    "pointwise", supports=lambda gy, x, shape, s, p, d, g: is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x)
 )
 def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups):
     """1x1, stride 1: the image transposed times gy"""

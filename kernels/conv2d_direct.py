@@ -1,11 +1,11 @@
 """Direct convolution with our own micro-kernel: any kernel, stride, padding, dilation and groups, in all directions.
 
-A row of the im2col matrix is a handful of pixels, each contiguous in memory. The register tile (tile.py) takes its eight
-rows from eight addresses, so the columns need not be written at all: for each tap of the kernel the tile reads eight
-pixels where they lie, in cache. Pixels outside the image are read from a page of zeros. The arithmetic is that of im2col;
-the memory traffic is the image once, the result once, and the weights, packed into panels, once for each block of rows.
-(An implicit GEMM, as cuDNN calls it: Chetlur et al. 2014, section 3.1.) Where pixels have few channels, as in the first
-layer, eight addresses for three numbers each do not pay, and a block of columns is written after all.
+A row of the im2col matrix is a handful of pixels, each contiguous in memory. The register tile (tile.py) takes its
+eight rows from eight addresses, so the columns need not be written at all: for each tap of the kernel the tile reads
+eight pixels where they lie, in cache. Pixels outside the image are read from a page of zeros. The arithmetic is that of
+im2col; the memory traffic is the image once, the result once, and the weights, packed into panels, once for each block
+of rows. (An implicit GEMM, as cuDNN calls it: Chetlur et al. 2014, section 3.1.) Where pixels have few channels, as in
+the first layer, eight addresses for three numbers each do not pay, and a block of columns is written after all.
 
 The gradient of the image is the same loop from gy to x. With stride s, the pixels of one residue class modulo s meet
 the same taps: s x s convolutions of stride 1, none of which multiplies by a zero. The gradient of the weights
@@ -19,14 +19,13 @@ from numba import njit, prange
 
 from . import threads
 from .caches import L2
-from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
+from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x, is_pointwise
 from .im2col import output_shape
-from .memory import empty, scratch
+from .memory import contiguous, empty, scratch
 from .pack import panels_of, swap_channels
 from .simd import distance, lanes, load, minimum, splat, store, unrolled
 from .tile import (
     ROWS,
-    VECTORS,
     add_tiles,
     finish_tile,
     load_tile,
@@ -53,8 +52,6 @@ def _offsets(table, row, count, tap, taps):
     return [table[minimum(row + r, count - 1) * taps + tap] for r in range(ROWS)]
 
 
-
-
 # ------------------------------------------------------------------ where pixels lie
 
 
@@ -62,8 +59,8 @@ def _offsets(table, row, count, tap, taps):
 def _pixels_of(table, first, count, across, taps, step, at, shape, outside):
     """Offsets of what `count` positions from number `first` on meet at each tap; `outside` the image, that.
 
-    Positions are numbered through images, rows and columns, `across` = (rows, columns) of them an image; position (i, j)
-    meets pixel (i step + at) for each row and column of `taps`. `shape` is (H, W, C).
+    Positions are numbered through images, rows and columns, `across` = (rows, columns) of them an image; position
+    (i, j) meets pixel (i step + at) + tap for each row and column of `taps`. `shape` is (H, W, C).
     """
     rows, columns = across
     h, w, c = shape
@@ -100,23 +97,29 @@ def _gather(x, table, runs, taps, first, c, columns, at):
 
 
 @njit(parallel=True, cache=True)
-def _convolve(x, w, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, block, work, tables):
-    """y[y_first + y_step (i, j)] = epilogue(sum over taps of x[step (i, j) + tap] w[tap]), by workers over positions."""
+def _convolve(
+    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, block, work,
+    tables,
+):  # fmt: skip
+    """y[y_first + y_step (i, j)] = epilogue(sum over taps of x[step (i, j) + tap] w[tap]), by workers over positions.
+
+    `w` is flat: (groups, depth, O) as it lies, or its panels.
+    """
     rows = (y.shape[1] - y_first[0] + y_step[0] - 1) // y_step[0]
     columns = (y.shape[2] - y_first[1] + y_step[1] - 1) // y_step[1]
     workers = work.shape[0]
     for worker in prange(workers):
         _convolve_share(
-            x, w, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, (rows, columns),
-            part(worker, workers, y.shape[0] * rows * columns), block, work[worker], tables[worker],
+            x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step,
+            (rows, columns), part(worker, workers, y.shape[0] * rows * columns), block, work[worker], tables[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _convolve_share(
-    x, w, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, across, share, block, work, table
-):
-    groups, depth = w.shape[0], w.shape[1] if not packed else w.shape[2]
+    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, across, share,
+    block, work, table,
+):  # fmt: skip
     number = taps[0].size * taps[1].size
     channels, o = depth // max(1, number), y.shape[3] // groups
     width, low = panel(y), splat(floor, y)
@@ -167,7 +170,8 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     rows = y.shape[0] * -(-(y.shape[1] - y_first[0]) // y_step[0]) * -(-(y.shape[2] - y_first[1]) // y_step[1])
     if rows <= 0 or not y.size:
         return
-    packed = rows > FEW_ROWS or o % width != 0 or len(w) > 1
+    groups, depth = w.shape[:2]
+    packed = rows > FEW_ROWS or o % width != 0 or groups > 1
     if packed:
         w = panels_of(w)
     padded = np.zeros(y.shape[3] + width, y.dtype)
@@ -176,37 +180,38 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     workers = max(1, min(threads.count(), rows // ROWS))
     reach = max(1, number * x.shape[3]) * y.itemsize  # what a position reads, at most
     block = max(2 * ROWS, min(512, L2 // 4 // reach // ROWS * ROWS, -(-rows // workers // ROWS) * ROWS))
-    few = x.shape[3] // len(w) < FEW_CHANNELS
+    few = x.shape[3] // groups < FEW_CHANNELS
     size = x.shape[3] + width + block * number * FEW_CHANNELS * few
     work = scratch((workers, size), y.dtype)
     tables = np.empty((workers, block * (number + 1) + 1), np.int64)
     floor = y.dtype.type(0 if relu else -np.inf)
-    plus = y if residual is None else np.ascontiguousarray(residual)
+    plus = y if residual is None else contiguous(residual)
     _convolve(
-        x, w, packed, y, padded, floor, plus, residual is not None, taps, step, y_first, y_step, block, work, tables
+        x, w.reshape(w.size), groups, depth, packed, y, padded, floor, plus, residual is not None, taps, step, y_first,
+        y_step, block, work, tables,
     )  # fmt: skip
 
 
 def _by_groups(w, groups):
     """(KH, KW, C/groups, O) -> (groups, KH KW C/groups, O/groups); the same memory for one group."""
     depth, o = w.shape[0] * w.shape[1] * w.shape[2], w.shape[3]
-    w = np.ascontiguousarray(w).reshape(depth, groups, o // groups)
-    return np.ascontiguousarray(w.transpose(1, 0, 2))
+    w = contiguous(w).reshape(depth, groups, o // groups)
+    return contiguous(w.transpose(1, 0, 2))
 
 
-@conv2d.variant("direct")
+@conv2d.variant("direct", auto=lambda x, w, s, p, d, g, **e: not is_pointwise(w.shape[:2], s, p, g))
 def conv2d_direct(x, w, stride, padding, dilation, groups, **epilogue):
     """our own micro-kernel reads each tap's pixels where they lie: no columns"""
     y = empty((*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]), x.dtype)
     taps = tuple(np.arange(k) * d - p for k, d, p in zip(w.shape[:2], dilation, padding, strict=True))
-    _run(np.ascontiguousarray(x), _by_groups(w, groups), y, taps, tuple(stride), (0, 0), (1, 1), **epilogue)
+    _run(contiguous(x), _by_groups(w, groups), y, taps, tuple(stride), (0, 0), (1, 1), **epilogue)
     return y
 
 
-@conv2d_grad_x.variant("direct")
+@conv2d_grad_x.variant("direct", auto=lambda gy, w, shape, s, p, d, g: not is_pointwise(w.shape[:2], s, p, g))
 def conv2d_grad_x_direct(gy, w, x_shape, stride, padding, dilation, groups):
     """the same loop from gy to x, one residue class of pixels modulo the stride at a time"""
-    gx, gy = empty(x_shape, gy.dtype), np.ascontiguousarray(gy)
+    gx, gy = empty(x_shape, gy.dtype), contiguous(gy)
     if not gx.size or not gy.size:
         gx[...] = 0
         return gx
@@ -288,7 +293,7 @@ def _grad_w_share(x, gy, u, taps, step, share, block, work, table):
                         store_tile(u, to, rows, tile)
 
 
-@conv2d_grad_w.variant("direct")
+@conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g: not is_pointwise(shape[:2], s, p, g))
 def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups):
     """tiles of weights stay in registers while a block of pixels and of gy passes"""
     gw = np.zeros(w_shape, gy.dtype)
@@ -304,7 +309,7 @@ def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups):
     size = x.shape[3] + 2 * width + block * (width + kh * kw * FEW_CHANNELS * few)
     work, tables = scratch((workers, size), gy.dtype), np.empty((workers, block * kh * kw), np.int64)
     u = empty((workers, groups, kh * kw * c, -(-o // groups // width) * width), gy.dtype)
-    _gather_grad(np.ascontiguousarray(x), np.ascontiguousarray(gy), u, taps, tuple(stride), block, work, tables)
+    _gather_grad(contiguous(x), contiguous(gy), u, taps, tuple(stride), block, work, tables)
     total = u.sum(axis=0)[..., : o // groups] if workers > 1 else u[0, ..., : o // groups]
     gw.reshape(kh * kw * c, groups, o // groups)[...] = total.transpose(1, 0, 2)
     return gw

@@ -241,3 +241,8 @@ def _most_idle() -> int:
 
 if hasattr(os, "register_at_fork"):  # a child must find the books in order, and a lock that somebody will release
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def contiguous(x):
+    """`x` itself if it is C-contiguous and aligned to its dtype, else a copy that is: what compiled vector code needs."""
+    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .memory import empty
+from .memory import contiguous, empty
 from .simd import lanes, load, store, transpose, unrolled
-from .tile import panel, panel_width
+from .tile import panel_width
 
 
 def panels_of(w):
@@ -41,7 +41,7 @@ def swap_channels(w, turn=False):
     """(KH, KW, C, O) -> (KH, KW, O, C); with `turn`, the kernel also turned by 180 degrees."""
     kh, kw, c, o = w.shape
     out = empty((kh, kw, o, c), w.dtype)
-    _swap_channels(np.ascontiguousarray(w).reshape(kh * kw, c, o), out.reshape(kh * kw, o, c), turn)
+    _swap_channels(contiguous(w).reshape(kh * kw, c, o), out.reshape(kh * kw, o, c), turn)
     return out
 
 

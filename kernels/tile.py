@@ -32,7 +32,7 @@ def panel(like):
 
 @unrolled
 def row_offsets(rows, stride):
-    """Where the tile's rows begin. Rows beyond `rows` repeat the last one: they compute it again, and no tail is left."""
+    """Where the tile's rows begin. Rows beyond `rows` repeat the last one, compute it again, and leave no tail."""
     return [minimum(r, rows - 1) * stride for r in range(ROWS)]
 
 
@@ -51,7 +51,7 @@ def load_tile(c, i, offsets):
 @unrolled
 def store_tile(c, i, offsets, tile):
     """Write the tile to element `i` of `c`; last row first, so that repeated rows are written once more, the same."""
-    for row, vectors in zip(offsets, tile):
+    for row, vectors in zip(offsets, tile, strict=True):
         for k, v in enumerate(vectors):
             store(c, i + row + k * lanes(c), v)
 
@@ -65,7 +65,7 @@ def load_tile_edge(c, i, offsets, columns):
 @unrolled
 def store_tile_edge(c, i, offsets, columns, tile):
     """store_tile where only `columns` of the panel exist."""
-    for row, vectors in zip(offsets, tile):
+    for row, vectors in zip(offsets, tile, strict=True):
         for k, v in enumerate(vectors):
             store(c, i + row + k * lanes(c), v, columns - k * lanes(c))
 
@@ -74,7 +74,10 @@ def store_tile_edge(c, i, offsets, columns, tile):
 def rank_one(tile, a, i, offsets, b, j):
     """tile + column of A at element `i` times row of B at element `j`."""
     row = [load(b, j + k * lanes(b)) for k in range(VECTORS)]
-    return [[fma(broadcast(a, i + o), v, t) for v, t in zip(row, line)] for o, line in zip(offsets, tile)]
+    return [
+        [fma(broadcast(a, i + o), v, t) for v, t in zip(row, line, strict=True)]
+        for o, line in zip(offsets, tile, strict=True)
+    ]
 
 
 @njit(forceinline=True)
@@ -88,14 +91,14 @@ def multiply(tile, a, i, offsets, step, b, j, width, depth):
 @unrolled
 def add_tiles(a, b):
     """The sum of two tiles."""
-    return [[v + w for v, w in zip(x, y)] for x, y in zip(a, b)]
+    return [[v + w for v, w in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True)]
 
 
 @unrolled
 def finish_tile(tile, bias, j, floor):
     """The epilogue in registers: plus `bias` from element `j` on (padded to whole panels), then at least `floor`."""
     row = [load(bias, j + k * lanes(bias)) for k in range(VECTORS)]
-    return [[clip(v + b, floor) for v, b in zip(line, row)] for line in tile]
+    return [[clip(v + b, floor) for v, b in zip(line, row, strict=True)] for line in tile]
 
 
 @unrolled

@@ -20,6 +20,7 @@ from rich.text import Text
 
 import nanocnn
 
+from . import bench as ladders
 from . import doctor as medic
 from .kernels import dispatch
 
@@ -32,6 +33,7 @@ examples:
   python -m nanocnn switches                      every choice: its names, what they do, file and line
   python -m nanocnn switches --use reference im2col=numba
                                                   the same with these choices made: a spelling check for --use
+  python -m nanocnn bench conv2d                  the whole ladder of a primitive, measured and drawn under the roof
 
 Every script takes the same --use: a policy (fastest, tuned, reference), then name=choice as often as you like.
 """
@@ -51,11 +53,7 @@ def switches(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--json", action="store_true", help="print JSON: policy, board")
 
     def run(args: argparse.Namespace) -> int:
-        for module in pkgutil.walk_packages(nanocnn.__path__, "nanocnn."):  # a switch is known once its file is read
-            if module.name != "nanocnn.__main__" and not module.name.startswith(
-                "nanocnn.kernels."
-            ):  # those load themselves
-                importlib.import_module(module.name)
+        load_board()
         try:
             policy, choices = dispatch.parse_use(args.use)
             with dispatch.using(*policy, **choices):
@@ -68,7 +66,22 @@ def switches(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-COMMANDS = (doctor, switches)
+def bench(parser: argparse.ArgumentParser) -> Run:
+    """measure the ladder of one primitive for a shape, against the reference and against what the machine can do"""
+    ladders.add_arguments(parser)
+    return ladders.run
+
+
+COMMANDS = (doctor, switches, bench)
+
+
+def load_board() -> None:
+    """Import all of nanocnn: a switch is known once its file is read."""
+    for module in pkgutil.walk_packages(nanocnn.__path__, "nanocnn."):
+        if module.name != "nanocnn.__main__" and not module.name.startswith(
+            "nanocnn.kernels."
+        ):  # those load themselves
+            importlib.import_module(module.name)
 
 
 def show_board(as_json: bool) -> None:
@@ -89,9 +102,10 @@ def show_board(as_json: bool) -> None:
         table.box = SIMPLE_HEAD
         for column in table.columns:
             column.overflow = "fold"
+        table.columns[0].no_wrap = True  # a name is looked for, and typed
         for row in (r for r in rows if r["kind"] == kind):
             current = row["current"]
-            own_policy = current if current in dispatch.POLICIES and current not in (policy, *row["choices"]) else ""
+            own_policy = current if current not in (policy, *row["choices"]) else ""
             table.add_row(Text(row["name"], "bold"), Text(own_policy, "green"), Text(row["about"]), row["place"])
             for choice, text in row["choices"].items():
                 about, _, place = text.rpartition(" (") if kind == "primitive" else (text, "", "")
@@ -103,6 +117,7 @@ def show_board(as_json: bool) -> None:
             table.add_section()
         console.print(table)
     console.print("* chosen. Choose with --use name=choice in a script, with nc.using(name=choice) in code.")
+    console.print("name=upto:rung is the rung where it can do the call, else the nearest one before it that can.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

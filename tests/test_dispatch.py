@@ -17,6 +17,7 @@ from nanocnn.kernels.dispatch import (
     device_of,
     parse_use,
     span,
+    switches_asked,
     to_device,
     use,
     using,
@@ -165,6 +166,49 @@ def test_names_are_taken_once(ladder):
         ladder.variant("tuned")
 
 
+# ------------------------------------------------------------------ up to a rung, and no further
+
+
+def test_up_to_a_rung_is_that_rung_where_it_can_else_the_nearest_before_it(ladder):
+    with using(disp_ladder="upto:wide"):
+        assert ladder(x64) == "wide"
+        assert ladder(x64, n=2) == "quick"
+        assert ladder(x32) == "quick"
+        assert ladder(np.ones(4, np.int64)) == "reference"
+    with using("reference", disp_ladder="upto:quick"):
+        assert ladder(x64) == "quick"  # though `wide` could
+    with using(disp_ladder="upto:reference"):
+        assert ladder(x64) == "reference"
+    with using(disp_ladder="upto:gpu"):
+        assert ladder(x64) == "wide"
+
+
+def test_a_rung_to_learn_from_runs_where_it_is_the_end_and_not_on_the_way_to_it(ladder):
+    with using(disp_ladder="upto:lesson"):
+        assert ladder(x64) == "lesson"
+        assert ladder(np.ones(4, np.int64)) == "reference"
+    with using(disp_ladder="upto:quick"):
+        assert ladder(np.ones(4, np.int64)) == "reference"  # `lesson` lies between, and was not named
+
+
+def test_up_to_an_unknown_rung_is_an_error_that_lists_them(ladder):
+    Switch("disp_switch", "about it", on="yes", off="no")
+    with pytest.raises(ChoiceError, match=r"no choice 'upto:slow'; there are: reference, lesson, quick, .*upto:NAME"):
+        use(disp_ladder="upto:slow")
+    with pytest.raises(ChoiceError, match="disp_switch has no choice 'upto:on'; there are: on, off"):
+        use(disp_switch="upto:on")
+    with pytest.raises(ChoiceError, match="no choice 'upto:fastest'"):
+        use(disp_ladder="upto:fastest")
+    with pytest.raises(ChoiceError, match="cannot be called 'upto:quick'"):
+        ladder.variant("upto:quick")
+
+
+def test_up_to_is_written_on_a_command_line_and_on_the_board(ladder):
+    assert parse_use(["disp_ladder=upto:quick"]) == ((), {"disp_ladder": "upto:quick"})
+    with using(disp_ladder="upto:quick"):
+        assert {row["name"]: row["current"] for row in board()}["disp_ladder"] == "upto:quick"
+
+
 # ------------------------------------------------------------------ using()
 
 
@@ -232,6 +276,15 @@ def test_every_entry_of_the_real_board_says_what_it_does():
         assert row["about"], f"{row['name']} ({row['place']}) says nothing about itself"
         for choice, text in row["choices"].items():
             assert choice == "reference" or text.partition(" (")[0], f"{row['name']}={choice} says nothing about itself"
+
+
+def test_a_switch_is_asked_by_what_acts_on_it_and_not_by_what_lists_it():
+    switch = Switch("disp_switch", "about it", on="yes", off="no")
+    board(), choices_in_force()
+    assert "disp_switch" not in switches_asked()
+    with using(disp_switch="off"):
+        assert switch.value == "off"
+        assert switches_asked()["disp_switch"] == "off"
 
 
 # ------------------------------------------------------------------ tuned

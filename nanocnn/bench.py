@@ -1,0 +1,369 @@
+"""The ladder of one primitive, measured: every variant on the same call, in turn, checked first.
+
+    from nanocnn import bench
+
+    results = bench.ladder("conv2d", *bench.arguments("conv2d", bench.shape_of("resnet18.layer2")))
+    bench.print_ladder(results, bench.peaks())
+    bench.draw(results, bench.peaks(), "conv2d.png")
+
+`python -m nanocnn bench conv2d --layer resnet18.layer2` does the same from the shell, and makes the arrays itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .example_calls import LAYERS, BenchError, Shape, arguments, can_make, shape_of
+from .kernels import dispatch, threads
+from .kernels.dispatch import Primitive, Variant
+from .machine import machine_facts
+from .roofline import Peaks, draw, peaks
+
+__all__ = ["BenchError", "Peaks", "Result", "Shape", "arguments", "draw", "ladder", "peaks", "print_ladder", "shape_of"]
+
+ROUNDS = 7  # visits to each variant: what else the machine does then meets all of them alike
+VISIT = 0.02  # seconds of one visit, or one call if that takes longer
+TOLERANCES = {"float32": 1e-3, "float64": 1e-9}  # largest error over largest value; beyond it a variant is wrong
+
+
+# ------------------------------------------------------------------ the ladder
+
+
+@dataclass
+class Result:
+    """One variant on one call. `seconds` holds the time of each call; none if it was not measured, and `note` says why.
+
+    flops and bytes: the least that the call must do (Primitive.work), for every variant those of the direct algorithm,
+    so that a rate is comparable, and one above the peak means fewer operations. error: largest difference from the
+    reference in float64, over its largest value.
+    """
+
+    primitive: str
+    variant: str
+    about: str
+    place: str
+    flops: float
+    bytes: float
+    seconds: list[float] = field(default_factory=list)
+    error: float | None = None
+    note: str = ""
+    wrong: bool = False
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        """Seconds."""
+        return min(self.seconds)
+
+    @property
+    def gflops(self) -> float:
+        """10^9 operations a second, at the median."""
+        return self.flops / self.median / 1e9
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes a second, at the median."""
+        return self.bytes / self.median / 1e9
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flops / self.bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, and the figures that follow from them."""
+        figures = {}
+        if self.seconds:
+            names = ("median", "minimum", "gflops", "gb_per_s", "intensity")
+            figures = {name: getattr(self, name) for name in names if name != "intensity" or self.bytes}
+        return dataclasses.asdict(self) | figures
+
+
+def ladder(
+    primitive: str | Primitive,
+    *args: Any,
+    rounds: int = ROUNDS,
+    limit: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
+    **kwargs: Any,
+) -> list[Result]:
+    """Measure every variant of `primitive` on the call with these arguments; slowest first, as in its file.
+
+    Each is checked against the reference in float64 first. Then they are timed in turn (A B C A B C), `rounds` times;
+    a variant whose single call takes longer than `limit` seconds is not. The reference runs with every primitive that
+    it calls at its reference too: the textbook's version. `say` is told what happens meanwhile.
+
+    Raises BenchError on an unknown primitive.
+    """
+    p = _primitive(primitive)
+    flops, moved = p.count_work(*args, **kwargs) if p.count_work else (0.0, 0.0)
+    able = p.candidates(*args, **kwargs)
+    results, runs = [], []
+    say(f"{p.name}: the reference in float64")
+    want = _outputs(p, p.variants["reference"], *_in_float64(args, kwargs))
+    for variant in p.variants.values():
+        about = (variant.__doc__ or "").strip().partition("\n")[0]
+        result = Result(p.name, variant.name, about, variant.place, flops, moved)
+        results.append(result)
+        if variant not in able:
+            result.note = "cannot do this call"
+            continue
+        say(f"{p.name}={variant.name}: checking, and compiling where it must")
+        start = time.perf_counter()
+        result.error = _error(_outputs(p, variant, args, kwargs), want)
+        first = time.perf_counter() - start
+        tolerance = TOLERANCES.get(_dtype_of(args, kwargs), math.inf)
+        if result.error > tolerance:
+            result.wrong = True
+            result.note = f"WRONG by {result.error:.1e} of the largest value, where {tolerance:g} is allowed"
+            continue
+        own = copy.deepcopy((args, kwargs)) if p.inplace else (args, kwargs)
+        if first > limit or first > VISIT:  # it may have been the compiler
+            first = _seconds(variant, own, 1)[0]
+        if first > limit:
+            result.note = f"a call takes {first:.3g} s, the limit is {limit:g} s"
+            continue
+        runs.append((result, variant, own, max(1, min(100, int(VISIT / max(first, 1e-9))))))
+    for number in range(rounds):
+        say(f"{p.name}: round {number + 1} of {rounds}")
+        for result, variant, own, calls in runs:
+            if sum(result.seconds) <= 3 * limit:
+                result.seconds += _seconds(variant, own, calls)
+    return results
+
+
+def _primitive(primitive: str | Primitive) -> Primitive:
+    if isinstance(primitive, Primitive):
+        return primitive
+    if primitive not in dispatch.primitives:
+        raise BenchError(f"there is no primitive {primitive!r}; there are: {', '.join(sorted(dispatch.primitives))}")
+    return dispatch.primitives[primitive]
+
+
+def _body(variant: Variant, args: tuple, kwargs: dict) -> Any:
+    """Call it. The reference calls references, any other variant what is chosen now."""
+    if variant.name != "reference":
+        return variant.body(*args, **kwargs)
+    with dispatch.using("reference"):
+        return variant.body(*args, **kwargs)
+
+
+def _seconds(variant: Variant, call: tuple[tuple, dict], calls: int) -> list[float]:
+    args, kwargs = call
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        _body(variant, args, kwargs)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _outputs(p: Primitive, variant: Variant, args: tuple, kwargs: dict) -> list[np.ndarray]:
+    """The arrays that a call returns, and those that it changes."""
+    if p.inplace:
+        args, kwargs = copy.deepcopy((args, kwargs))
+    result = _body(variant, args, kwargs)
+    return list(_arrays([result, args, kwargs] if p.inplace else result))
+
+
+def _arrays(value: Any) -> Iterable[np.ndarray]:
+    if isinstance(value, np.ndarray | np.generic):
+        yield np.asarray(value)
+    elif isinstance(value, dict):
+        yield from _arrays(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _arrays(item)
+
+
+def _in_float64(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def wide(a: Any) -> Any:
+        return a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
+
+    return tuple(map(wide, args)), {name: wide(a) for name, a in kwargs.items()}
+
+
+def _dtype_of(args: tuple, kwargs: dict) -> str:
+    return next((a.dtype.name for a in _arrays([args, kwargs]) if a.dtype.kind == "f"), "")
+
+
+def _error(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> float:
+    """The largest difference over the largest value, of the worst pair of arrays; infinite where shapes differ."""
+    if [a.shape for a in got] != [a.shape for a in want]:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if a.size:
+            scale = float(np.abs(b.astype(np.float64)).max()) or 1.0
+            difference = float(np.abs(a.astype(np.float64) - b).max())
+            worst = max(worst, difference / scale) if math.isfinite(difference) else math.inf
+    return worst
+
+
+# ------------------------------------------------------------------ the table
+
+
+def print_ladder(results: Sequence[Result], peaks: Peaks, console: Console | None = None) -> None:
+    """Print the ladder: times, rates, share of the peak, speed-up over the first rung that was measured, error."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 100
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("rung", style="bold", no_wrap=True)
+    for heading in ("median ms", "min ms", "GFLOP/s", "of peak", "GB/s", "speed-up", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    first = next((r for r in results if r.seconds), None)
+    for r in results:
+        if first is None or not r.seconds:
+            continue
+        rate = (f"{r.gflops:,.1f}", f"{r.gflops / peaks.gflops:.1%}") if r.flops else ("", "")
+        moved = f"{r.gb_per_s:,.1f}" if r.bytes else ""
+        times = f"{r.median * 1e3:,.3f}", f"{r.minimum * 1e3:,.3f}"
+        table.add_row(r.variant, *times, *rate, moved, f"{first.median / r.median:.2f}x", f"{r.error:.1e}", r.place)
+    console.print(table)
+    for r in (r for r in results if not r.seconds):
+        console.print(Text(f"not measured: {r.variant} ({r.place}): {r.note}", "red" if r.wrong else "dim"))
+    console.print(
+        f"peak {peaks.gflops:,.0f} GFLOP/s, memory {peaks.bandwidth:,.0f} GB/s, measured now: {peaks.threads} "
+        f"thread{'s' * (peaks.threads > 1)}, {peaks.dtype}, {peaks.isa}. Rates count the direct algorithm's operations "
+        "and the least bytes that must move. error: largest difference from float64 over largest value."
+    )
+
+
+# ------------------------------------------------------------------ the command
+
+EXAMPLES = """\
+examples:
+  python -m nanocnn bench conv2d                           128 images of 32x32, 64 channels to 64, 3x3
+  python -m nanocnn bench conv2d --layer resnet18.layer2   the shape of a layer; other options change it
+  python -m nanocnn bench conv2d_grad_w --channels 3 --kernel 7 --stride 2 --padding 3
+  python -m nanocnn bench matmul 128 4096 4096             M K N
+  python -m nanocnn bench relu --size 64 --threads 1       any primitive: its images have the same options
+  python -m nanocnn bench                                  what can be measured, and the named layers
+
+Speed-up is over the first rung, the textbook's. More GFLOP/s than the peak means fewer operations: Winograd.
+"""
+SIZES = (
+    ("batch", "N", "images"),
+    ("size", "PX", "height and width of an image"),
+    ("channels", "C", "of the images"),
+    ("out_channels", "O", "of the convolution's output"),
+    ("kernel", "K", "height and width of the window"),
+    ("stride", "S", "pixels between two windows"),
+    ("padding", "P", "zeros on each side"),
+    ("dilation", "D", "pixels between two of a window"),
+    ("groups", "G", "of channels that see only each other"),
+)
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
+    parser.add_argument("primitive", nargs="?", help="its name on the board; without it, what there is")
+    parser.add_argument("product", nargs="*", type=int, metavar="M K N", help="sizes of a matmul (1024 1024 1024)")
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--layer", metavar="NAME", help="of a network: resnet18.layer2, alexnet.conv1 ...")
+    for name, metavar, about in SIZES:
+        option = "--" + name.replace("_", "-")
+        shape.add_argument(option, type=int, metavar=metavar, help=f"{about} ({getattr(Shape, name)})")
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--dtype", choices=tuple(TOLERANCES), default="float32", help="of all arrays (float32)")
+    how.add_argument("--threads", type=int, metavar="T", help="for BLAS and Numba; else as everywhere in nanocnn")
+    how.add_argument("--rounds", type=int, default=ROUNDS, metavar="R", help=f"visits to each rung, in turn ({ROUNDS})")
+    how.add_argument("--limit", type=float, default=10.0, metavar="S", help="skip rungs that take longer a call (10)")
+    how.add_argument("--use", nargs="+", default=[], metavar="CHOICE", help="for what the rungs call: matmul=reference")
+    how.add_argument(
+        "--out", type=Path, metavar="FILE", help="the picture; else runs/bench/NAME.png. JSON goes beside it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, draw; the exit status: 1 if a rung computes something wrong, 2 if nothing could be measured."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    if args.primitive is None:
+        console.print("[bold]primitives[/]  " + ", ".join(can_make()), highlight=False)
+        console.print("[bold]layers[/]      " + ", ".join(LAYERS), highlight=False)
+        return 0
+    try:
+        out = _out(args)
+        results, roof = _measure(args, console)
+    except (BenchError, dispatch.ChoiceError) as error:
+        print(f"python -m nanocnn bench: {error}", file=sys.stderr)
+        return 2
+    print_ladder(results, roof, console)
+    try:
+        if any(r.seconds for r in results):
+            draw(results, roof, out)
+        facts = dict(results=[r.as_dict() for r in results], peaks=dataclasses.asdict(roof), command=sys.argv[1:])
+        facts |= dict(choices=dispatch.choices_in_force(), machine=machine_facts())
+        out.with_suffix(".json").write_text(json.dumps(facts, indent=1, default=str))
+    except OSError as error:
+        print(f"python -m nanocnn bench: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    console.print(f"picture: {out}, figures: {out.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    return 1 if any(r.wrong for r in results) else 0
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """Where the picture goes. Raises BenchError if nothing can be written there, before minutes are spent."""
+    name = "-".join(filter(None, (args.primitive, args.layer)))
+    out = args.out or Path("runs", "bench", f"{name}.png")
+    if out.suffix not in PICTURES:
+        raise BenchError(f"--out {out}: expected a name that ends in {' or '.join(PICTURES)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"--out {out}: cannot make {out.parent}: {error.strerror}") from error
+    return out
+
+
+def _measure(args: argparse.Namespace, console: Console) -> tuple[list[Result], Peaks]:
+    sizes = {name: getattr(args, name) for name, *_ in SIZES}
+    if args.product:
+        if args.primitive != "matmul" or len(args.product) != 3:
+            raise BenchError(f"sizes {args.product}: only matmul takes them, three: M K N")
+        sizes |= dict(zip("mkn", args.product, strict=True))
+    if args.rounds < 1 or not args.limit > 0:
+        raise BenchError("--rounds and --limit: expected positive numbers")
+    if args.threads is not None:
+        most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        if not 1 <= args.threads <= most:
+            raise BenchError(
+                f"--threads {args.threads}: expected 1 to {most}, the processors that this process may use; "
+                "NANOCNN_THREADS in the environment allows more"
+            )
+        threads.limit(args.threads)
+    policy, choices = dispatch.parse_use(args.use)
+    dispatch.use(*policy, **choices)
+    call = arguments(args.primitive, shape_of(args.layer, **sizes), args.dtype)
+    console.print(Text(f"{args.primitive}({dispatch.describe(call, {})})", "bold"), soft_wrap=True)
+    with console.status("") as status:
+        results = ladder(args.primitive, *call, rounds=args.rounds, limit=args.limit, say=status.update)
+        status.update("the roof: peak and bandwidth")
+        return results, peaks(args.dtype)
