@@ -42,8 +42,21 @@ def arguments():
     return common.parse(parser)
 
 
-def train(args, comm):
-    """Train, record, and return the exit status."""
+def make_alexnet(args, data, width):
+    """AlexNet as the options describe it, for the images of `data`."""
+    return alexnet_cifar(
+        len(data.classes),
+        width=width,
+        batch_norm=args.batch_norm,
+        stem_stride=args.stem_stride,
+        dropout=args.dropout,
+        image_size=data.train.images.shape[1],
+        in_channels=data.train.images.shape[3],
+    )
+
+
+def train(args, comm, name="AlexNet", make=make_alexnet):
+    """Train, record, and return the exit status. `make(args, data, width)` gives the network called `name`."""
     data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, train_size=args.train_images)
     if comm.rank == 0:
         say(data.notice)
@@ -54,20 +67,9 @@ def train(args, comm):
     val_batches = Loader(data.val, 256 * comm.size, **in_order) if len(data.val) else None
     test_batches = Loader(data.test, 256 * comm.size, **in_order)
 
-    def make_model(width):
-        return alexnet_cifar(
-            len(data.classes),
-            width=width,
-            batch_norm=args.batch_norm,
-            stem_stride=args.stem_stride,
-            dropout=args.dropout,
-            image_size=data.train.images.shape[1],
-            in_channels=data.train.images.shape[3],
-        )
-
-    common.compile_kernels(args, make_model, data, comm)
+    common.compile_kernels(args, lambda width: make(args, data, width), data, comm)
     nc.manual_seed(args.seed)
-    model = make_model(args.width)
+    model = make(args, data, args.width)
     optimizer = common.make_optimizer(args, model)
     learning_rate = common.make_schedule(args, len(train_batches))
     averager = parallel.GradientAverager(optimizer.buckets, comm)
@@ -75,7 +77,7 @@ def train(args, comm):
     ema = EMA(optimizer.buckets, args.ema) if args.ema else None
     stopping = EarlyStopping(args.patience or args.epochs + 1)
 
-    folder = common.run_folder(args, f"alexnet-{data.name}", comm)
+    folder = common.run_folder(args, f"{name.lower()}-{data.name}", comm)
     run = Run(folder, vars(args), active=comm.rank == 0)
     parts = dict(model=model, optimizer=optimizer, ema=ema, stopping=stopping)
     options = {**vars(args), "data": data.name, "images": len(data.train)}
@@ -84,7 +86,7 @@ def train(args, comm):
     run.load_history(until=position.epoch)
     profile = common.StepProfile(model, args.profile, folder, comm)
     if comm.rank == 0:
-        say(f"AlexNet, {sum(p.size for p in model.parameters()):,} parameters, into {folder}")
+        say(f"{name}, {sum(p.size for p in model.parameters()):,} parameters, into {folder}")
         if position.step:
             say(f"resuming in epoch {position.epoch + 1}, after {position.step} steps")
         elif args.resume:

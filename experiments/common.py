@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import multiprocessing.process
 import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nanocnn as nc
 from nanocnn.checkpoint import CheckpointError
-from nanocnn.data import Augment, DataError, DataSet, Loader
-from nanocnn.kernels import tuned
-from nanocnn.kernels.dispatch import ChoiceError, choices_in_force, parse_use
+from nanocnn.data import Augment, Batch, DataError, DataSet, Loader
+from nanocnn.kernels import threads, tuned
+from nanocnn.kernels.dispatch import ChoiceError, choices_in_force, parse_use, primitives
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.parallel.launcher import launched
@@ -24,6 +28,7 @@ from nanocnn.progress import say
 from nanocnn.record import RecordError
 from nanocnn.resume import Position
 from nanocnn.schedules import SCHEDULES
+from nanocnn.tensor import Op
 from nanocnn.train import NonFiniteLoss, evaluate, train_step
 
 # Peak learning rates at batch 128 with which each update rule learns; LARS scales by its trust coefficient of 0.001.
@@ -33,7 +38,7 @@ LEARNING_RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adagrad": 1e-2, "la
 def training_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with the options of data, optimisation, run and engine; a script adds those of its model."""
     parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=_TeachingFormatter, allow_abbrev=False
+        description=description, epilog=epilog, formatter_class=TeachingFormatter, allow_abbrev=False
     )
     _add_data(parser.add_argument_group("data"))
     _add_optimisation(parser.add_argument_group("optimisation"))
@@ -42,7 +47,7 @@ def training_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     return parser
 
 
-class _TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults after each help text, where there is one; the examples of the epilog as they were written."""
 
     def _get_help_string(self, action):
@@ -232,26 +237,80 @@ class RunExists(RuntimeError):
 def compile_kernels(
     args: argparse.Namespace, make_model: Callable[..., nc.nn.Module], data: DataSet, comm: Comm
 ) -> None:
-    """Let one rank of each host take a step with a tiny model: what Numba compiles, the others find in its cache.
+    """Let one rank of each host take a step: what Numba compiles, the others find on disk.
 
     Four ranks that compile the same kernels on two cores at once take four times as long, and say nothing meanwhile.
-    With `--use tuned` the model and the batch have their real sizes, and all ranks get rank 0's choices.
+    The step has the real sizes, since it is by them that the fastest variants are chosen. With `--use tuned` all ranks
+    get rank 0's choices.
     """
-    tuning = "tuned" in choices_in_force().values()
     if comm.local_rank == 0:
-        patience = threading.Timer(2, say, ["compiling kernels, once (up to a minute)"])
-        patience.daemon = True  # after an error it has nothing to say any more
-        patience.start()
-        model = make_model(width=args.width if tuning else 1 / 64)
-        optimizer = make_optimizer(args, model)
-        images = min(len(data.train), max(2, args.batch_size // comm.size if tuning else 2))
+        model = make_model(width=args.width)
+        images = min(len(data.train), max(2, args.batch_size // comm.size))
         batch = next(Loader(data.train, images, augment=make_augment(args, data), prefetch=0).epoch(0))
-        averager = GradientAverager(optimizer.buckets, Alone())
-        train_step(model, batch, optimizer, 0.0, averager, label_smoothing=args.label_smoothing, clip=args.clip)
-        evaluate(model, [batch], len(data.classes), averager.comm)
-        patience.cancel()
+        with _Impatience(args, model, batch):
+            _rehearse(args, model, batch)
+            evaluate(model, [batch], len(data.classes), Alone())
     tuned.choices.update(comm.broadcast_object(tuned.choices))
     tuned.measuring = comm.size == 1
+
+
+def _rehearse(args: argparse.Namespace, model: nc.nn.Module, batch: Batch) -> None:
+    """A step that nobody keeps."""
+    optimizer = make_optimizer(args, model)
+    averager = GradientAverager(optimizer.buckets, Alone())
+    train_step(model, batch, optimizer, 0.0, averager, label_smoothing=args.label_smoothing, clip=args.clip)
+
+
+class _Impatience:
+    """If a rehearsal takes longer than kernels that are compiled need: says so, and lets a second process help.
+
+    Numba compiles in one thread, and this one begins with the kernels of the forward pass. The helper takes the
+    textbook's there, and compiles those of backward, which are then on disk; first layer first, so that both do not
+    come to the same one at the same time.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: nc.nn.Module, batch: Batch):
+        self.work = args, model, batch
+        self.timer = threading.Timer(2, self._act)
+        self.timer.daemon = True  # after an error it has nothing to say any more
+        self.helper: multiprocessing.process.BaseProcess | None = None
+
+    def __enter__(self) -> None:
+        self.timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        self.timer.join()
+        if self.helper:
+            self.helper.kill()  # what is left is not needed; a file is written whole or not at all
+
+    def _act(self) -> None:
+        say("compiling kernels, once (up to a minute)")
+        if threads.cores() > 1 and "tuned" not in choices_in_force().values():
+            spawn = multiprocessing.get_context("spawn")  # a forked child cannot run OpenMP
+            self.helper = spawn.Process(target=_help, args=(*self.work, choices_in_force()), daemon=True)
+            self.helper.start()
+
+
+def _help(args: argparse.Namespace, model: nc.nn.Module, batch: Batch, choices: dict[str, str]) -> None:
+    few = slice(0, HELPERS_IMAGES)
+    batch = replace(batch, x=batch.x[few], y=batch.y[few], index=batch.index[few])
+    forward = [name for name in primitives if "grad" not in name and "update" not in name]
+    apply = Op.apply.__func__  # type: ignore[attr-defined]
+
+    def apply_and_go_back(cls: type[Op], *inputs: Any, **parameters: Any) -> nc.Tensor:
+        y = apply(cls, *inputs, **parameters)
+        if y.node is not None:
+            y.node.backward(y.data)  # any numbers will do for a gradient
+        return y
+
+    Op.apply = classmethod(apply_and_go_back)  # type: ignore[assignment]
+    policy = choices.pop("policy")
+    with nc.using(policy, **{**choices, **dict.fromkeys(forward, "reference")}):
+        _rehearse(args, model, batch)
+
+
+HELPERS_IMAGES = 32  # enough to choose the variants that a whole batch chooses, few enough for the textbook's kernels
 
 
 # ------------------------------------------------------------------ errors

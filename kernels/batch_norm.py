@@ -1,22 +1,32 @@
-"""Batch norm in four passes, two forward and two backward: statistics, then one multiply-add an element.
+"""Batch norm, with the residual and the ReLU that may follow it, in four passes: two forward, two backward.
 
-Each pass reads what it needs once. What happens between the passes concerns (C,) numbers and is calculus, which lives
-in functional/norm.py. Sums over a batch are long (128 x 32 x 32 rows): they are added up in float64, over blocks of
-rows that the shape alone determines, and then block by block, so that the result does not depend on the threads.
+Statistics, then one multiply-add an element, and the same backward. Each pass reads what it needs once. What happens
+between the passes concerns (C,) numbers and is calculus, which lives in functional/norm.py.
+
+ReLU's mask is kept nowhere. Backward finds it again from x, which it reads anyway: one multiply-add, where reading y
+would be a third more traffic. With a residual in the sum y cannot be had from x; then the first pass backward reads y,
+and writes the masked gradient, which the residual needs and from which the second pass goes on.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from typing import NamedTuple
 
+import numpy as np
+
+from . import rows
 from .dispatch import Primitive, xp_of
-from .elementwise import as_rows, block_of, blocks_of_rows
+from .elementwise import as_rows, relu_grad
+from .memory import empty_like
+from .simd import fma, load, select, splat, store
 
 
 def statistics_dtype(x):
     """float64 for float64, float32 for anything narrower."""
     return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+# ------------------------------------------------------------------ forward
 
 
 @Primitive
@@ -31,34 +41,18 @@ def batch_norm_stats(x):
 @batch_norm_stats.variant("numba")
 def batch_norm_stats_numba(x):
     """one pass: sums of x - k and of its square, k being the first row, so that a large mean cancels before squaring"""
-    x = as_rows(np.ascontiguousarray(x))
-    partial = np.zeros((blocks_of_rows(*x.shape), 2, x.shape[1]), np.float64)
-    _moments(x, x[0], partial)
-    shifted, squares = partial.sum(axis=0) / len(x)
+    (x,) = rows.rows_of(x)
+    shifted, squares = rows.run(_Moments(x, x[0]), *x.shape, sums=2) / len(x)
     return (x[0] + shifted).astype(x.dtype), np.maximum(squares - shifted**2, 0).astype(x.dtype)
 
 
-@njit(parallel=True, cache=True)
-def _moments(x, k, partial):
-    for b in prange(partial.shape[0]):
-        first, last = block_of(x.shape[0], partial.shape[0], b)
-        _add_moments(x[first:last], k, partial[b, 0], partial[b, 1])
+class _Moments(NamedTuple):
+    x: np.ndarray
+    k: np.ndarray
 
-
-@njit(cache=True, fastmath={"contract"})
-def _add_moments(x, k, total, squares):
-    # Four rows at a time in x's precision, before the float64 totals are touched.
-    whole = x.shape[0] - x.shape[0] % 4
-    for r in range(0, whole, 4):
-        for c in range(k.size):
-            d0, d1, d2, d3 = x[r, c] - k[c], x[r + 1, c] - k[c], x[r + 2, c] - k[c], x[r + 3, c] - k[c]
-            total[c] += (d0 + d1) + (d2 + d3)
-            squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-    for r in range(whole, x.shape[0]):
-        for c in range(k.size):
-            d0 = x[r, c] - k[c]
-            total[c] += d0
-            squares[c] += d0 * d0
+    def step(self, i, c, count, sums):
+        d = load(self.x, i, count) - load(self.k, c, count)
+        return sums[0] + d, fma(d, d, sums[1])
 
 
 @batch_norm_stats.work
@@ -67,96 +61,167 @@ def _(x):
 
 
 @Primitive
-def batch_norm_apply(x, mean, scale, shift):
-    """(x - mean) scale + shift, each (C,): (..., C) -> (..., C)."""
-    return ((x - mean) * scale + shift).astype(x.dtype, copy=False)
+def batch_norm_apply(x, mean, scale, shift, residual=None, relu=False):
+    """relu?((x - mean) scale + shift + residual): (..., C) -> (..., C), with (C,) arrays mean, scale, shift."""
+    y = ((x - mean) * scale + shift).astype(x.dtype, copy=False)
+    if residual is not None:
+        y += residual
+    return xp_of(y).maximum(y, 0) if relu else y
 
 
 @batch_norm_apply.variant("numba")
-def batch_norm_apply_numba(x, mean, scale, shift):
-    """one pass, parallel over rows"""
-    y = np.empty(x.shape, x.dtype)
-    _apply(as_rows(np.ascontiguousarray(x)), mean, scale, shift, as_rows(y))
+def batch_norm_apply_numba(x, mean, scale, shift, residual=None, relu=False):
+    """one pass"""
+    y = empty_like(x)
+    floor, adds = x.dtype.type(0 if relu else -np.inf), x.dtype.type(residual is not None)
+    one_pass = _Apply(*rows.rows_of(x, mean, scale, shift, x if residual is None else residual, y), floor, adds)
+    rows.run(one_pass, *one_pass.x.shape)
     return y
 
 
-@njit(parallel=True, cache=True, fastmath={"contract"})
-def _apply(x, mean, scale, shift, y):
-    for r in prange(x.shape[0]):
-        for c in range(x.shape[1]):
-            y[r, c] = (x[r, c] - mean[c]) * scale[c] + shift[c]
+class _Apply(NamedTuple):
+    x: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray
+    residual: np.ndarray  # x itself where there is none: it is in the cache already
+    y: np.ndarray
+    floor: float
+    adds: float  # 1 with a residual, 0 without
+
+    def step(self, i, c, count, sums):
+        d = load(self.x, i, count) - load(self.mean, c, count)
+        y = fma(d, load(self.scale, c, count), load(self.shift, c, count))
+        y = select(splat(self.adds, y) > 0, y + load(self.residual, i, count), y)
+        store(self.y, i, select(y < self.floor, self.floor, y), count)  # a NaN stays one: it compares as false
+        return ()
 
 
 @batch_norm_apply.work
-def _(x, mean, scale, shift):
-    return 3 * x.size, 2 * x.nbytes
+def _(x, mean, scale, shift, residual=None, relu=False):
+    return 3 * x.size, (3 if residual is not None else 2) * x.nbytes
+
+
+# ------------------------------------------------------------------ backward
 
 
 @Primitive
-def batch_norm_grad_stats(gy, x, mean):
-    """Two sums over the rows, (C,) each: of gy, and of gy (x - mean)."""
+def batch_norm_grad_stats(gy, x, mean, scale=None, shift=None):
+    """Two sums over the rows, (C,) each: of gy, and of gy (x - mean).
+
+    Behind a ReLU `scale` and `shift` are given, and gy counts where (x - mean) scale + shift is not <= 0.
+    """
     gy, x = as_rows(gy), as_rows(x)
+    if shift is not None:
+        gy = relu_grad(gy, batch_norm_apply(x, mean, scale, shift))
     sums = gy.sum(axis=0, dtype=np.float64), (gy * (x - mean)).sum(axis=0, dtype=np.float64)
     return tuple(s.astype(statistics_dtype(x)) for s in sums)
 
 
 @batch_norm_grad_stats.variant("numba")
-def batch_norm_grad_stats_numba(gy, x, mean):
+def batch_norm_grad_stats_numba(gy, x, mean, scale=None, shift=None):
     """one pass over both arrays"""
-    gy, x = as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(x))
-    partial = np.zeros((blocks_of_rows(*x.shape), 2, x.shape[1]), np.float64)
-    _products(gy, x, mean, partial)
-    return tuple(partial.sum(axis=0).astype(x.dtype))
+    if shift is None:
+        scale, shift = mean, _no_relu(mean)
+    one_pass = _Products(*rows.rows_of(gy, x, mean, scale, shift))
+    return tuple(rows.run(one_pass, *one_pass.x.shape, sums=2).astype(x.dtype))
 
 
-@njit(parallel=True, cache=True)
-def _products(gy, x, mean, partial):
-    for b in prange(partial.shape[0]):
-        first, last = block_of(x.shape[0], partial.shape[0], b)
-        _add_products(gy[first:last], x[first:last], mean, partial[b, 0], partial[b, 1])
+def _no_relu(like):
+    """A shift after which nothing is negative, so that one kernel serves with ReLU and without."""
+    return np.full(like.shape, np.inf, like.dtype)
 
 
-@njit(cache=True, fastmath={"contract"})
-def _add_products(gy, x, mean, total, products):
-    whole = x.shape[0] - x.shape[0] % 4
-    for r in range(0, whole, 4):
-        for c in range(mean.size):
-            g0, g1, g2, g3, m = gy[r, c], gy[r + 1, c], gy[r + 2, c], gy[r + 3, c], mean[c]
-            total[c] += (g0 + g1) + (g2 + g3)
-            low = g0 * (x[r, c] - m) + g1 * (x[r + 1, c] - m)
-            products[c] += low + (g2 * (x[r + 2, c] - m) + g3 * (x[r + 3, c] - m))
-    for r in range(whole, x.shape[0]):
-        for c in range(mean.size):
-            total[c] += gy[r, c]
-            products[c] += gy[r, c] * (x[r, c] - mean[c])
+class _Products(NamedTuple):
+    gy: np.ndarray
+    x: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray
+
+    def step(self, i, c, count, sums):
+        d = load(self.x, i, count) - load(self.mean, c, count)
+        y = fma(d, load(self.scale, c, count), load(self.shift, c, count))
+        gy = select(y <= 0, 0, load(self.gy, i, count))
+        return sums[0] + gy, fma(gy, d, sums[1])
 
 
 @batch_norm_grad_stats.work
-def _(gy, x, mean):
-    return 4 * x.size, 2 * x.nbytes
+def _(gy, x, mean, scale=None, shift=None):
+    return (4 if shift is None else 6) * x.size, 2 * x.nbytes
 
 
 @Primitive
-def batch_norm_grad(gy, x, mean, scale, a, b):
-    """(gy - a - (x - mean) b) scale, with (C,) arrays mean, scale, a, b: (..., C) -> (..., C)."""
+def batch_norm_residual_grad_stats(gy, y, x, mean):
+    """gy where y > 0, which is the residual's gradient too, and its two sums: of it, and of it times (x - mean)."""
+    gy = relu_grad(gy, y)
+    return gy, *batch_norm_grad_stats(gy, x, mean)
+
+
+@batch_norm_residual_grad_stats.variant("numba")
+def batch_norm_residual_grad_stats_numba(gy, y, x, mean):
+    """one pass over three arrays, writing a fourth"""
+    masked = empty_like(x)
+    one_pass = _MaskedProducts(*rows.rows_of(gy, y, x, mean, masked))
+    return masked, *rows.run(one_pass, *one_pass.x.shape, sums=2).astype(x.dtype)
+
+
+class _MaskedProducts(NamedTuple):
+    gy: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    mean: np.ndarray
+    masked: np.ndarray
+
+    def step(self, i, c, count, sums):
+        d = load(self.x, i, count) - load(self.mean, c, count)
+        gy = select(load(self.y, i, count) <= 0, 0, load(self.gy, i, count))
+        store(self.masked, i, gy, count)
+        return sums[0] + gy, fma(gy, d, sums[1])
+
+
+@batch_norm_residual_grad_stats.work
+def _(gy, y, x, mean):
+    return 5 * x.size, 4 * x.nbytes
+
+
+@Primitive
+def batch_norm_grad(gy, x, mean, scale, a, b, shift=None):
+    """(gy - a - (x - mean) b) scale, with (C,) arrays mean, scale, a, b: (..., C) -> (..., C).
+
+    Behind a ReLU `shift` is given, and gy is 0 where (x - mean) scale + shift <= 0.
+    """
+    if shift is not None:
+        gy = relu_grad(gy, batch_norm_apply(x, mean, scale, shift))
     return ((gy - a - (x - mean) * b) * scale).astype(x.dtype, copy=False)
 
 
 @batch_norm_grad.variant("numba")
-def batch_norm_grad_numba(gy, x, mean, scale, a, b):
-    """one pass, parallel over rows"""
-    gx = np.empty(x.shape, x.dtype)
-    _grad(as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(x)), mean, scale, a, b, as_rows(gx))
+def batch_norm_grad_numba(gy, x, mean, scale, a, b, shift=None):
+    """one pass"""
+    gx = empty_like(x)
+    one_pass = _Grad(*rows.rows_of(gy, x, mean, scale, a, b, _no_relu(mean) if shift is None else shift, gx))
+    rows.run(one_pass, *one_pass.x.shape)
     return gx
 
 
-@njit(parallel=True, cache=True, fastmath={"contract"})
-def _grad(gy, x, mean, scale, a, b, gx):
-    for r in prange(x.shape[0]):
-        for c in range(x.shape[1]):
-            gx[r, c] = (gy[r, c] - a[c] - (x[r, c] - mean[c]) * b[c]) * scale[c]
+class _Grad(NamedTuple):
+    gy: np.ndarray
+    x: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    shift: np.ndarray
+    gx: np.ndarray
+
+    def step(self, i, c, count, sums):
+        d, scale = load(self.x, i, count) - load(self.mean, c, count), load(self.scale, c, count)
+        gy = select(fma(d, scale, load(self.shift, c, count)) <= 0, 0, load(self.gy, i, count))
+        store(self.gx, i, (gy - load(self.a, c, count) - d * load(self.b, c, count)) * scale, count)
+        return ()
 
 
 @batch_norm_grad.work
-def _(gy, x, mean, scale, a, b):
-    return 5 * x.size, 3 * x.nbytes
+def _(gy, x, mean, scale, a, b, shift=None):
+    return (5 if shift is None else 7) * x.size, 3 * x.nbytes

@@ -14,7 +14,7 @@ def _size(level: int, root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -
             if int((index / "level").read_text()) == level and (index / "type").read_text().strip() != "Instruction":
                 text = (index / "size").read_text().strip()
                 return int(text[:-1]) * UNITS[text[-1]]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, LookupError):
             continue  # a container may hide some of it
     return USUAL[level]
 

@@ -9,17 +9,20 @@ Numba's own cache numbers a function's files, and keeps the numbers in an index 
 - An index or a file that a crash or a full disk has torn ends every later run with an error.
 
 So there is no index: whatever a kernel depends on is hashed, and the hash is the name. Files appear whole or not at
-all and carry a checksum; one that is broken is compiled anew.
+all and carry a checksum; one that is broken is compiled anew. What one process compiles the others wait for: four
+ranks on two cores would otherwise compile everything four times, and take four times as long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pickle
 import re
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -31,10 +34,11 @@ import numba
 import numpy as np
 from numba.core import caching, serialize
 
-COMPILES = re.compile(r"^(?:from|import) numba\b", re.M)  # is there code for Numba in a file?
+COMPILES = re.compile(r"^(?:from|import) (?:numba|\.simd)\b", re.M)  # is there code for Numba in a file?
 IMPORTS = re.compile(r"^\s*from \.(\w*) import (\([^)]*\)|.+)", re.M)
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, in the name of its type: another in each run
 END = ".kernel"
+PATIENCE = 60  # seconds to wait for another process; one that failed to compile gives no sign
 
 
 def keep(modules: Iterable[ModuleType]) -> None:
@@ -62,16 +66,19 @@ class Shelf:
     def __init__(self, folder: str, function: Any):
         self.folder, self.module = Path(folder), function.__module__
         name = re.sub(r"[^\w.]", "", f"{self.module.rpartition('.')[2]}.{function.__qualname__}")
+        self.begun: dict[Path, int] = {}  # what we compile, with the lock that says so
         self.prefix = f"{name}-py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}-"
 
     def load(self, key: tuple) -> Any:
-        """What was saved under this key; None if nothing was, or not all of it is there."""
-        try:
-            content = self.path(key).read_bytes()
-        except OSError:
-            return None
-        checksum, data = content[:32], content[32:]
-        return pickle.loads(data) if checksum == hashlib.sha256(data).digest() else None
+        """What was saved under this key; None if nothing was, or not all of it is there: then we are to compile it."""
+        path = self.path(key)
+        value = _read(path)
+        if value is None:
+            self._begin(path)
+            value = _read(path)  # another process may have finished it meanwhile
+            if value is not None:
+                self._end(path)
+        return value
 
     def save(self, key: tuple, value: Any) -> None:
         """Write beside the place, then rename. A disk that is full costs the next run a compilation, and no more."""
@@ -84,8 +91,36 @@ class Shelf:
             with contextlib.suppress(OSError):
                 beside.unlink()
             return
+        finally:
+            self._end(path)
         current = self.prefix + _source_hash(self.module)
         self._remove(lambda name: not name.startswith(current))
+
+    def _begin(self, path: Path) -> None:
+        """Wait while another process compiles this, and say that now we do. Without locks, nobody waits."""
+        if path in self.begun:
+            return
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(OSError):
+            file = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+            while time.monotonic() < end:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.begun[path] = file
+                    return
+                except BlockingIOError:
+                    time.sleep(0.02)
+                except OSError:  # a file system without locks
+                    break
+            os.close(file)
+
+    def _end(self, path: Path) -> None:
+        file = self.begun.pop(path, None)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                path.with_suffix(".lock").unlink()
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a forked child has it too
+            os.close(file)
 
     def flush(self) -> None:
         """Forget everything: what Numba asks for when a function is compiled again."""
@@ -105,6 +140,15 @@ class Shelf:
         rest = [numba.__version__, repr(types), repr(machine), *map(_source_hash, brought)]
         rest += [_constants[name] for name in modules]
         return self.folder / f"{self.prefix}{_source_hash(self.module)}-{_hash(ADDRESS.sub('', ' '.join(rest)))}{END}"
+
+
+def _read(path: Path) -> Any:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, data = content[:32], content[32:]
+    return pickle.loads(data) if checksum == hashlib.sha256(data).digest() else None
 
 
 def _brought_by(kind: Any) -> Iterator[str]:

@@ -35,13 +35,16 @@ def conv2d(x, w, stride, padding, dilation, groups, *, bias=None, residual=None,
 
 
 @Primitive
-def conv2d_grad_x(gy, w, x_shape, stride, padding, dilation, groups):
-    """(N, OH, OW, O), (KH, KW, C/groups, O) -> (N, H, W, C): the columns' gradient by one GEMM, then col2im."""
+def conv2d_grad_x(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
+    """(N, OH, OW, O), (KH, KW, C/groups, O) -> (N, H, W, C): the columns' gradient by one GEMM, then col2im.
+
+    Then, where given, plus `residual` (N, H, W, C): what has reached x on other ways.
+    """
     gx = xp_of(gy).empty(x_shape, gy.dtype)
     for of_x, of_y in _groups(w, groups):
         cols = matmul(as_rows(gy[..., of_y]), as_rows(w[..., of_y]).T)
         gx[..., of_x] = col2im(cols, (*x_shape[:3], w.shape[2]), w.shape[:2], stride, padding, dilation)
-    return gx
+    return finish(gx, residual=residual)
 
 
 @Primitive
@@ -91,7 +94,7 @@ def conv2d_blocked(x, w, stride, padding, dilation, groups, **epilogue):
 
 
 @conv2d_grad_x.variant("blocked", supports=_one_group)
-def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups):
+def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """the GEMM's columns go to one reused buffer and are gathered from there while still in cache"""
     kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
     n, oh, ow, o = gy.shape
@@ -101,7 +104,7 @@ def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups):
         cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
         matmul(gy[block].reshape(len(cols), o), w.T, out=cols)
         col2im_into(gx[block], cols, kernel, stride, padding, dilation)
-    return gx
+    return finish(gx, residual=residual)
 
 
 @conv2d_grad_w.variant("blocked", supports=_one_group)
@@ -136,11 +139,12 @@ def conv2d_pointwise(x, w, stride, padding, dilation, groups, **epilogue):
 
 
 @conv2d_grad_x.variant(
-    "pointwise", supports=lambda gy, w, shape, s, p, d, g: is_pointwise(w.shape[:2], s, p, g) and plain_floats(gy, w)
+    "pointwise",
+    supports=lambda gy, w, shape, s, p, d, g, **e: is_pointwise(w.shape[:2], s, p, g) and plain_floats(gy, w, **e),
 )
-def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups):
+def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """1x1, stride 1: gy times the transposed weights"""
-    return matmul(as_rows(gy), w[0, 0].T).reshape(x_shape)
+    return finish(matmul(as_rows(gy), w[0, 0].T).reshape(x_shape), residual=residual)
 
 
 @conv2d_grad_w.variant(
@@ -167,7 +171,7 @@ def _(x, w, stride, padding, dilation, groups, **epilogue):
 
 
 @conv2d_grad_x.work
-def _(gy, w, x_shape, stride, padding, dilation, groups):
+def _(gy, w, x_shape, stride, padding, dilation, groups, **epilogue):
     return _work(gy.size, int(np.prod(x_shape)), w.shape, gy.itemsize)
 
 

@@ -20,6 +20,7 @@ from numba import njit, prange
 from . import threads
 from .caches import L2
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x, is_pointwise
+from .epilogue import finish
 from .im2col import output_shape
 from .memory import contiguous, empty, scratch
 from .pack import panels_of, swap_channels
@@ -199,7 +200,13 @@ def _by_groups(w, groups):
     return contiguous(w.transpose(1, 0, 2))
 
 
-@conv2d.variant("direct", auto=lambda x, w, s, p, d, g, **e: not is_pointwise(w.shape[:2], s, p, g))
+def _pays(w_shape, stride, padding, groups):
+    """The fixed rule of "fastest": plain GEMMs and depthwise convolutions have rungs of their own."""
+    depthwise = groups > 1 and w_shape[2] == 1
+    return not depthwise and not is_pointwise(w_shape[:2], stride, padding, groups)
+
+
+@conv2d.variant("direct", auto=lambda x, w, s, p, d, g, **e: _pays(w.shape, s, p, g))
 def conv2d_direct(x, w, stride, padding, dilation, groups, **epilogue):
     """our own micro-kernel reads each tap's pixels where they lie: no columns"""
     y = empty((*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]), x.dtype)
@@ -208,13 +215,13 @@ def conv2d_direct(x, w, stride, padding, dilation, groups, **epilogue):
     return y
 
 
-@conv2d_grad_x.variant("direct", auto=lambda gy, w, shape, s, p, d, g: not is_pointwise(w.shape[:2], s, p, g))
-def conv2d_grad_x_direct(gy, w, x_shape, stride, padding, dilation, groups):
+@conv2d_grad_x.variant("direct", auto=lambda gy, w, shape, s, p, d, g, **e: _pays(w.shape, s, p, g))
+def conv2d_grad_x_direct(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """the same loop from gy to x, one residue class of pixels modulo the stride at a time"""
     gx, gy = empty(x_shape, gy.dtype), contiguous(gy)
     if not gx.size or not gy.size:
         gx[...] = 0
-        return gx
+        return finish(gx, residual=residual)
     parts = [swap_channels(part) for part in np.split(w, groups, axis=3)]  # (KH, KW, O/groups, C/groups)
     for a in range(min(stride[0], x_shape[1])):
         for b in range(min(stride[1], x_shape[2])):
@@ -227,7 +234,16 @@ def conv2d_grad_x_direct(gy, w, x_shape, stride, padding, dilation, groups):
                 strict=True,
             )
             part = [p[np.ix_(*which)].reshape(-1, p.shape[3]) for p in parts]
-            _run(gy, np.stack(part) if groups > 1 else part[0][None], gx, taps, (1, 1), (a, b), tuple(stride))
+            _run(
+                gy,
+                np.stack(part) if groups > 1 else part[0][None],
+                gx,
+                taps,
+                (1, 1),
+                (a, b),
+                tuple(stride),
+                residual=residual,
+            )
     return gx
 
 
@@ -293,7 +309,7 @@ def _grad_w_share(x, gy, u, taps, step, share, block, work, table):
                         store_tile(u, to, rows, tile)
 
 
-@conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g: not is_pointwise(shape[:2], s, p, g))
+@conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g: _pays(shape, s, p, g))
 def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups):
     """tiles of weights stay in registers while a block of pixels and of gy passes"""
     gw = np.zeros(w_shape, gy.dtype)

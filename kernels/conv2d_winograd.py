@@ -348,18 +348,20 @@ def _forward_variant(algorithm, x, w, padding, stride, epilogue):
     return _run(algorithm, x, w, y, (-padding[0], -padding[1]), **epilogue)
 
 
-def _grad_x_variant(algorithm, gy, w, x_shape, padding):
+def _grad_x_variant(algorithm, gy, w, x_shape, padding, residual):
     """Stride 1: the convolution of gy, padded by 2 - padding, with the weights turned."""
     first = (padding[0] - 2, padding[1] - 2)
-    return _run(algorithm, contiguous(gy), swap_channels(w, turn=True), empty(x_shape, gy.dtype), first)
+    return _run(
+        algorithm, contiguous(gy), swap_channels(w, turn=True), empty(x_shape, gy.dtype), first, residual=residual
+    )
 
 
-def _grad_x_by_parity(gy, w, x_shape, padding):
+def _grad_x_by_parity(gy, w, x_shape, padding, residual):
     """Stride 2: pixels x[2i + padding - k] meet tap k of gy[i]."""
     odd = padding[0] % 2 == 1
     first = tuple((p - 1) // 2 if odd else p // 2 - 1 for p in padding)
     algorithm = S4X() if odd else S4XEven()
-    return _run(algorithm, contiguous(gy), swap_channels(w), empty(x_shape, gy.dtype), first)
+    return _run(algorithm, contiguous(gy), swap_channels(w), empty(x_shape, gy.dtype), first, residual=residual)
 
 
 def _same_parity(padding):
@@ -381,7 +383,7 @@ def _forward_pays(x, w, stride, padding, dilation, groups, **epilogue):
     return _pays(images, size, stride[0])
 
 
-def _backward_pays(gy, other, shape, stride, *rest):
+def _backward_pays(gy, other, shape, stride, *rest, **epilogue):
     return _pays(gy.shape[0], gy.shape[1:3], stride[0])
 
 
@@ -404,25 +406,27 @@ def conv2d_winograd4(x, w, stride, padding, dilation, groups, **epilogue):
 
 
 @conv2d_grad_x.variant(
-    "winograd2", supports=lambda gy, w, s, *g: _is_3x3(w.shape[:2], *g) and plain_floats(gy, w), auto=False
+    "winograd2", supports=lambda gy, w, s, *g, **e: _is_3x3(w.shape[:2], *g) and plain_floats(gy, w, **e), auto=False
 )
-def conv2d_grad_x_winograd2(gy, w, x_shape, stride, padding, dilation, groups):
+def conv2d_grad_x_winograd2(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """F(2x2, 3x3) with the weights turned"""
-    return _grad_x_variant(F2(), gy, w, x_shape, padding)
+    return _grad_x_variant(F2(), gy, w, x_shape, padding, residual)
 
 
 @conv2d_grad_x.variant(
     "winograd4",
-    supports=lambda gy, w, shape, s, p, d, g: (
-        _is_3x3(w.shape[:2], s, p, d, g, ((1, 1), (2, 2))) and (s[0] == 1 or _same_parity(p)) and plain_floats(gy, w)
+    supports=lambda gy, w, shape, s, p, d, g, **e: (
+        _is_3x3(w.shape[:2], s, p, d, g, ((1, 1), (2, 2)))
+        and (s[0] == 1 or _same_parity(p))
+        and plain_floats(gy, w, **e)
     ),
     auto=_backward_pays,
 )
-def conv2d_grad_x_winograd4(gy, w, x_shape, stride, padding, dilation, groups):
+def conv2d_grad_x_winograd4(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """F(4x4, 3x3) with the weights turned; at stride 2, even and odd pixels each by their taps"""
     if stride[0] == 2:
-        return _grad_x_by_parity(gy, w, x_shape, padding)
-    return _grad_x_variant(F4(), gy, w, x_shape, padding)
+        return _grad_x_by_parity(gy, w, x_shape, padding, residual)
+    return _grad_x_variant(F4(), gy, w, x_shape, padding, residual)
 
 
 @conv2d_grad_w.variant(

@@ -32,11 +32,9 @@ def cook_toom(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     a = [[p**i for p in points] + [Fraction(i == outputs - 1)] for i in range(outputs)]
     g = [[p**k / _others(points, j, p) for k in range(taps)] for j, p in enumerate(points)]
     g.append([Fraction(k == taps - 1) for k in range(taps)])
+    # A sign moves freely between rows of G and B. Here B's rows end in 1, which costs no multiplication in `combine`.
     b = [[*_polynomial(points[:j] + points[j + 1 :]), Fraction(0)] for j in range(finite)]
     b.append(_polynomial(points))
-    for row_g, row_b in zip(g, b, strict=True):  # a sign moves freely between G and B: let B's rows begin positive
-        if next(v for v in row_b if v) < 0:
-            row_g[:], row_b[:] = [-v for v in row_g], [-v for v in row_b]
     return _floats(a), _floats(g), _floats(b)
 
 

@@ -7,17 +7,21 @@ take the output y, the others the input x.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange, vectorize
 
+from . import rows
 from .dispatch import Primitive, plain_floats, xp_of
+from .memory import empty_like
+from .simd import load, select, store
 from .vecmath import FMA, exp, normal_cdf
 
 
 def _map(kernel, *arrays):
     """One output like the first array, filled by a flat loop: what every Numba variant here does."""
-    out = np.empty(arrays[0].shape, arrays[0].dtype)
+    out = empty_like(arrays[0])
     kernel(*(np.ascontiguousarray(a).reshape(-1) for a in arrays), out.reshape(-1))
     return out
 
@@ -246,48 +250,47 @@ def bias_grad(gy):
 
 @bias_grad.variant("numba")
 def bias_grad_numba(gy):
-    """partial sums of fixed blocks of rows, in parallel; then the sum of these, in order"""
-    gy = as_rows(np.ascontiguousarray(gy))
-    partial = np.zeros((blocks_of_rows(*gy.shape), gy.shape[1]), np.float64)
-    _column_sums(gy, partial)
-    return partial.sum(axis=0).astype(gy.dtype)
+    """one pass"""
+    (gy,) = rows.rows_of(gy)
+    return rows.run(_Sum(gy), *gy.shape, sums=1)[0].astype(gy.dtype)
+
+
+@Primitive
+def relu_bias_grad(gy, y):
+    """Back through y = relu(. + bias), (..., C): gy where y > 0, and the sum of that over all axes but the last."""
+    gy = relu_grad(gy, y)
+    return gy, bias_grad(gy)
+
+
+@relu_bias_grad.variant("numba")
+def relu_bias_grad_numba(gy, y):
+    """one pass: what is stored is added up on the way"""
+    masked = empty_like(y)
+    gy, y, out = rows.rows_of(gy, y, masked)
+    return masked, rows.run(_MaskedSum(gy, y, out), *gy.shape, sums=1)[0].astype(y.dtype)
+
+
+class _Sum(NamedTuple):
+    gy: np.ndarray
+
+    def step(self, i, c, count, sums):
+        return (sums[0] + load(self.gy, i, count),)
+
+
+class _MaskedSum(NamedTuple):
+    gy: np.ndarray
+    y: np.ndarray
+    masked: np.ndarray
+
+    def step(self, i, c, count, sums):
+        gy = select(load(self.y, i, count) <= 0, 0, load(self.gy, i, count))
+        store(self.masked, i, gy, count)
+        return (sums[0] + gy,)
 
 
 def as_rows(x):
     """(..., C) -> (M, C), also where a length is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def blocks_of_rows(rows, columns):
-    """How many blocks a sum over rows is cut into: by the shape alone, so that threads do not change the result."""
-    return -(-rows // max(32, 65536 // max(1, columns)))
-
-
-@njit
-def block_of(rows, blocks, k):
-    """The k-th of `blocks` blocks of rows, as (first, last + 1)."""
-    length = (rows + blocks - 1) // blocks
-    return min(rows, k * length), min(rows, (k + 1) * length)
-
-
-@njit(parallel=True, cache=True)
-def _column_sums(x, partial):
-    for k in prange(partial.shape[0]):
-        first, last = block_of(x.shape[0], partial.shape[0], k)
-        _add_rows(x[first:last], partial[k])
-
-
-@njit(cache=True)
-def _add_rows(x, total):
-    # Eight rows at a time: their sum is made in registers, in x's precision, before the float64 total is touched.
-    whole = x.shape[0] - x.shape[0] % 8
-    for r in range(0, whole, 8):
-        for c in range(total.size):
-            low = (x[r, c] + x[r + 1, c]) + (x[r + 2, c] + x[r + 3, c])
-            total[c] += low + ((x[r + 4, c] + x[r + 5, c]) + (x[r + 6, c] + x[r + 7, c]))
-    for r in range(whole, x.shape[0]):
-        for c in range(total.size):
-            total[c] += x[r, c]
 
 
 # ------------------------------------------------------------------ work
@@ -309,3 +312,4 @@ relu.work(lambda x: (x.size, 2 * x.nbytes))
 relu_grad.work(lambda gy, y: (y.size, 3 * y.nbytes))
 add_bias.work(lambda x, b: (x.size, 2 * x.nbytes))
 bias_grad.work(lambda gy: (gy.size, gy.nbytes))
+relu_bias_grad.work(lambda gy, y: (2 * y.size, 3 * y.nbytes))

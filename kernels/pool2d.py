@@ -2,6 +2,9 @@
 
 The largest of each window is remembered as its position in the window, one byte an output. Backward gathers: each pixel
 adds up what the windows that cover it send, so that it is written once, by one thread, without zeros being laid first.
+
+The largest of ReLUs is the ReLU of the largest. So pooling does a ReLU before it for nothing: a window without a
+positive pixel has its largest NOWHERE, and the backward pass, which looks for positions, finds none there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
 from .im2col import output_shape, taps
+from .memory import empty
 from .vecmath import FMA
 
 ONE = (1, 1)  # dilation
@@ -28,15 +32,21 @@ def _padded(xp, x, padding, value):
 
 
 def _position_dtype(kernel):
-    return np.uint8 if math.prod(kernel) <= 256 else np.uint16
+    return np.dtype(np.uint8 if math.prod(kernel) <= 255 else np.uint16)
+
+
+def nowhere(dtype):
+    """The position that no pixel has."""
+    return np.iinfo(dtype).max
 
 
 @Primitive
-def max_pool2d(x, kernel, stride, padding):
+def max_pool2d(x, kernel, stride, padding, relu=False):
     """(N, H, W, C) -> y, positions, both (N, OH, OW, C): the largest of each window, and where in the window it is.
 
     Padding is -inf, NaN is larger than any number, and among equals the first counts, as in PyTorch. A position is
-    row * KW + column in the window, uint8 (uint16 for windows of more than 256). Padding is at most half the kernel.
+    row * KW + column in the window, uint8 (uint16 for windows of more than 255). Padding is at most half the kernel.
+    With `relu`, y is max(y, 0), and where that is 0 the position is `nowhere`.
     """
     xp = xp_of(x)
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, ONE)
@@ -52,25 +62,31 @@ def max_pool2d(x, kernel, stride, padding):
         found |= inside[where]
         y = xp.where(better, v, y)
         position = xp.where(better, position.dtype.type(k), position)
+    if relu:
+        position = xp.where(y <= 0, position.dtype.type(nowhere(position.dtype)), position)
+        y = xp.maximum(y, 0)
     return y, position
 
 
 def _fits_a_byte(x, kernel, *_, **__):
-    return plain_floats(x) and math.prod(kernel) <= 256
+    return plain_floats(x) and _position_dtype(kernel) == np.uint8
+
+
+def _outputs(x, kernel, stride, padding):
+    n, oh, ow = output_shape(x.shape, kernel, stride, padding, ONE)
+    return empty((n, oh, ow, x.shape[3]), x.dtype), empty((n, oh, ow, x.shape[3]), np.uint8)
 
 
 @max_pool2d.variant("numba", supports=_fits_a_byte)
-def max_pool2d_numba(x, kernel, stride, padding):
+def max_pool2d_numba(x, kernel, stride, padding, relu=False):
     """no padded copy; parallel over rows of windows, channels side by side"""
-    n, oh, ow = output_shape(x.shape, kernel, stride, padding, ONE)
-    y = np.empty((n, oh, ow, x.shape[3]), x.dtype)
-    position = np.empty(y.shape, np.uint8)
-    _max_pool2d(np.ascontiguousarray(x), y, position, *kernel, *stride, *padding)
+    y, position = _outputs(x, kernel, stride, padding)
+    _max_pool2d(np.ascontiguousarray(x), y, position, *kernel, *stride, *padding, relu)
     return y, position
 
 
 @njit(parallel=True, cache=True)
-def _max_pool2d(x, y, position, kh, kw, sh, sw, ph, pw):
+def _max_pool2d(x, y, position, kh, kw, sh, sw, ph, pw, relu):
     _, h, w, _ = x.shape
     n, oh, ow, _ = y.shape
     for row in prange(n * oh):
@@ -85,6 +101,8 @@ def _max_pool2d(x, y, position, kh, kw, sh, sw, ph, pw):
                 for j in range(j0, j1):
                     if i > i0 or j > j0:
                         _better(x[image, top + i, left + j], i * kw + j, best, where)
+            if relu:
+                _rectify(best, where)
 
 
 @njit
@@ -104,8 +122,59 @@ def _better(pixel, k, best, where):
         where[c] = k if better else before
 
 
+@njit
+def _rectify(best, where):
+    zero, none = best.dtype.type(0), np.uint8(255)
+    for c in range(best.size):
+        b, k = best[c], where[c]
+        best[c] = zero if b <= zero else b
+        where[c] = none if b <= zero else k
+
+
+def _two_by_two(x, kernel, stride, padding, *_, **__):
+    return plain_floats(x) and tuple(kernel) == tuple(stride) == (2, 2) and tuple(padding) == (0, 0)
+
+
+@max_pool2d.variant("numba_2x2", supports=_two_by_two)
+def max_pool2d_2x2(x, kernel, stride, padding, relu=False):
+    """2x2, stride 2: four pixels compared in registers, each read once and each output written once"""
+    y, position = _outputs(x, kernel, stride, padding)
+    _max_pool_2x2(np.ascontiguousarray(x), y, position, relu)
+    return y, position
+
+
+@njit(parallel=True, cache=True)
+def _max_pool_2x2(x, y, position, relu):
+    n, oh, ow, _ = y.shape
+    for row in prange(n * oh):
+        image, p = row // oh, row % oh
+        top, bottom = x[image, 2 * p], x[image, 2 * p + 1]
+        for q in range(ow):
+            four = top[2 * q], top[2 * q + 1], bottom[2 * q], bottom[2 * q + 1]
+            _largest_of_four(*four, relu, y[image, p, q], position[image, p, q])
+
+
+@njit
+def _largest_of_four(p0, p1, p2, p3, relu, best, where):
+    zero = best.dtype.type(0)
+    for c in range(best.size):
+        v, k = p0[c], np.uint8(0)
+        v, k = _larger(v, k, p1[c], np.uint8(1))
+        v, k = _larger(v, k, p2[c], np.uint8(2))
+        v, k = _larger(v, k, p3[c], np.uint8(3))
+        drop = relu & (v <= zero)
+        best[c] = zero if drop else v
+        where[c] = np.uint8(255) if drop else k
+
+
+@njit
+def _larger(v, k, other, of_other):
+    better = (other > v) | (other != other)
+    return other if better else v, of_other if better else k
+
+
 @max_pool2d.work
-def _(x, kernel, stride, padding):
+def _(x, kernel, stride, padding, relu=False):
     out = math.prod(output_shape(x.shape, kernel, stride, padding, ONE)) * x.shape[3]
     return out * math.prod(kernel), x.nbytes + out * (x.itemsize + 1)
 
@@ -125,7 +194,7 @@ def max_pool2d_grad(gy, position, x_shape, kernel, stride, padding):
 @max_pool2d_grad.variant("numba", supports=lambda gy, position, x_shape, kernel, *_: _fits_a_byte(gy, kernel))
 def max_pool2d_grad_numba(gy, position, x_shape, kernel, stride, padding):
     """each pixel gathers from the windows that cover it; parallel over rows of pixels"""
-    gx = np.empty(x_shape, gy.dtype)
+    gx = empty(x_shape, gy.dtype)
     _max_pool2d_grad(np.ascontiguousarray(gy), np.ascontiguousarray(position), gx, *kernel, *stride, *padding)
     return gx
 
@@ -184,6 +253,43 @@ def _take_more(out, g, position, k):
         out[c] += v if position[c] == k else zero
 
 
+@max_pool2d_grad.variant(
+    "numba_2x2", supports=lambda gy, position, x_shape, *window: _two_by_two(gy, *window) and position.dtype == np.uint8
+)
+def max_pool2d_grad_2x2(gy, position, x_shape, kernel, stride, padding):
+    """2x2, stride 2: windows do not overlap, so that each writes its four pixels"""
+    gx = empty(x_shape, gy.dtype)
+    _max_pool_2x2_grad(np.ascontiguousarray(gy), np.ascontiguousarray(position), gx)
+    return gx
+
+
+@njit(parallel=True, cache=True)
+def _max_pool_2x2_grad(gy, position, gx):
+    n, h, w, _ = gx.shape
+    _, oh, ow, _ = gy.shape
+    for row in prange(n * ((h + 1) // 2)):
+        image, p = row // ((h + 1) // 2), row % ((h + 1) // 2)
+        if p < oh:
+            top, bottom = gx[image, 2 * p], gx[image, 2 * p + 1]
+            for q in range(ow):
+                four = top[2 * q], top[2 * q + 1], bottom[2 * q], bottom[2 * q + 1]
+                _to_one_of_four(gy[image, p, q], position[image, p, q], *four)
+        for i in range(2 * p, min(h, 2 * p + 2)):  # an odd row or column at the end is in no window
+            for j in range(2 * ow if p < oh else 0, w):
+                _fill(gx[image, i, j], 0)
+
+
+@njit
+def _to_one_of_four(g, position, p0, p1, p2, p3):
+    zero = g.dtype.type(0)
+    for c in range(g.size):
+        v, k = g[c], position[c]
+        p0[c] = v if k == 0 else zero
+        p1[c] = v if k == 1 else zero
+        p2[c] = v if k == 2 else zero
+        p3[c] = v if k == 3 else zero
+
+
 @max_pool2d_grad.work
 def _(gy, position, x_shape, kernel, stride, padding):
     return gy.size * math.prod(kernel), gy.nbytes + position.nbytes + math.prod(x_shape) * gy.itemsize
@@ -206,7 +312,7 @@ def avg_pool2d(x, kernel, stride, padding):
 def avg_pool2d_numba(x, kernel, stride, padding):
     """no padded copy; parallel over rows of windows"""
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, ONE)
-    y = np.empty((n, oh, ow, x.shape[3]), x.dtype)
+    y = empty((n, oh, ow, x.shape[3]), x.dtype)
     _avg_pool2d(np.ascontiguousarray(x), y, *kernel, *stride, *padding)
     return y
 
@@ -262,7 +368,7 @@ def avg_pool2d_grad(gy, x_shape, kernel, stride, padding):
 @avg_pool2d_grad.variant("numba")
 def avg_pool2d_grad_numba(gy, x_shape, kernel, stride, padding):
     """each pixel gathers from the windows that cover it; parallel over rows of pixels"""
-    gx = np.empty(x_shape, gy.dtype)
+    gx = empty(x_shape, gy.dtype)
     _avg_pool2d_grad(np.ascontiguousarray(gy), gx, *kernel, *stride, *padding)
     return gx
 

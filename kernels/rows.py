@@ -26,6 +26,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from .memory import contiguous
 from .simd import lanes, load, store, unrolled, zeros
 
 ROWS = 32
@@ -35,7 +36,7 @@ BLOCK = 65536  # elements that are worth a thread's while
 
 def rows_of(*arrays):
     """Arrays (..., C) as C-contiguous ones (M, C), copied only where they must be; (C,) is one row."""
-    return [np.ascontiguousarray(a).reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in arrays]
+    return [contiguous(a).reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in arrays]
 
 
 def run(one_pass, rows, columns, sums=0):

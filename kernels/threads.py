@@ -3,11 +3,13 @@
 `configure()` runs before NumPy and Numba are imported, since both read the environment once. Two things are settled:
 
 *How many.* Cores of our affinity mask (and cgroup quota) divided by the ranks on this host, for BLAS and Numba both.
-Four ranks with each library's own default made a step 6.3 times slower.
+Four ranks with each library's own default made a step 6.3 times slower. A core that shows itself as two processors
+(hyperthreads) counts once: one thread keeps its arithmetic busy, two share its caches.
 
 *Whose turn it is.* BLAS and Numba's OpenMP run one after the other, and the workers of each by default spin for a while
 after their work is done, on the very cores that the other needs now. On 2 cores, eight GEMMs and eight ReLUs in turn
-took 60 ms with spinning workers and 40 ms with workers that sleep at once; so both are told to sleep.
+took 60 ms with spinning workers and 40 ms with workers that sleep at once; so BLAS's are told to sleep, and OpenMP's to
+spin for no longer than it takes Python to start the next kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from . import environment
 
 # MPICH, Open MPI, MVAPICH, and srun, whose word describes this job step and not the whole allocation.
 LOCAL_RANKS = (
@@ -33,7 +37,8 @@ NUMBA_CACHES = (  # where Numba keeps compiled kernels, if it can; if it can in 
     Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "numba"),
 )
 CGROUP = Path("/sys/fs/cgroup")
-AVX512_CORES = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS", "ZEN")
+OWN_CGROUP = Path("/proc/self/cgroup")
+PROCESSORS = Path("/sys/devices/system/cpu")
 
 notes: list[str] = []  # what configure() found and did, for the line that connect() prints and for `doctor`
 
@@ -46,21 +51,49 @@ def mask() -> list[int]:
 
 
 def quota() -> int | None:
-    """Processors' worth of time that our cgroup may use (a container's `--cpus`), at least 1; None without a limit."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
-        try:
-            words = " ".join((CGROUP / name).read_text() for name in files).split()
-            most, period = map(int, words)
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        if most > 0:
-            return max(1, round(most / period))
-    return None
+    """Processors' worth of time that our cgroup may use (a container's `--cpus`), at least 1; None without a limit.
+
+    A group is bound by the limits of all groups around it.
+    """
+    found = []
+    for controller, files in (("", ["cpu.max"]), ("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):  # cgroup v2, v1
+        for group in _groups(controller):
+            try:
+                most, period = map(
+                    int, " ".join((CGROUP / controller / group / name).read_text() for name in files).split()
+                )
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            if most > 0 and period > 0:
+                found.append(most / period)
+    return max(1, round(min(found))) if found else None
+
+
+def _groups(controller: str) -> list[PurePosixPath]:
+    """Our group and those around it, as paths below the controller's folder."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                group = PurePosixPath(path.strip("/"))
+                return [group, *group.parents]
+    return [PurePosixPath()]
 
 
 def cores() -> int:
-    """Processors that this process may use: affinity mask and cgroup quota; at least 1."""
-    return max(1, min(len(mask()), quota() or sys.maxsize))
+    """Cores that this process may use: affinity mask and cgroup quota; at least 1."""
+    return max(1, min(len(_cores_of(mask())), quota() or sys.maxsize))
+
+
+def _cores_of(processors: Iterable[int]) -> set[str]:
+    """The cores to which these processors belong, each by the list of its processors."""
+    found = set()
+    for number in processors:
+        try:
+            found.add((PROCESSORS / f"cpu{number}/topology/thread_siblings_list").read_text().strip())
+        except OSError:
+            found.add(str(number))
+    return found
 
 
 def local_ranks() -> int:
@@ -73,7 +106,9 @@ def local_ranks() -> int:
 
 
 def share(masks: Iterable[Iterable[int]] | None = None) -> int:
-    """Threads for this rank: $NANOCNN_THREADS if it is set, else its part of the cores, at most $OMP_NUM_THREADS.
+    """Threads for this rank: $NANOCNN_THREADS if it is set, else its part of the cores.
+
+    No more than $OMP_NUM_THREADS and $OMP_THREAD_LIMIT, which OpenMP obeys.
 
     `masks`, the affinity masks of all ranks on this host, ours included, are known once we are connected. A rank
     divides its mask by the number of ranks that share some of it: ranks that the launcher bound to cores of their own
@@ -88,34 +123,28 @@ def share(masks: Iterable[Iterable[int]] | None = None) -> int:
     if masks is None:
         part = cores() // local_ranks()
     else:
-        ours, others = set(mask()), [set(m) for m in masks]
+        ours, others = _cores_of(mask()), [_cores_of(m) for m in masks]
         part = len(ours) // max(1, sum(not ours.isdisjoint(m) for m in others))
         part = min(part, (quota() or sys.maxsize) // max(1, len(others)))
-    most = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if most.isdecimal() and int(most) > 0:
-        part = min(part, int(most))
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        most = os.environ.get(name, "").partition(",")[0]
+        if most.isdecimal() and int(most) > 0:
+            part = min(part, int(most))
     return max(1, part)
 
 
 def configure() -> None:
     """Set what BLAS and Numba read at their import. Called by `nanocnn.kernels`; what it did is in `notes`."""
     notes.clear()
-    late = "numpy" in sys.modules
-    coretype = os.environ.get("OPENBLAS_CORETYPE", "")
-    if coretype and coretype.upper() not in AVX512_CORES and "avx512f" in _cpu_flags():
-        if late or os.environ.get("NANOCNN_KEEP_ENV"):
-            notes.append(f"OPENBLAS_CORETYPE={coretype} keeps BLAS off this processor's AVX-512")
-        else:
-            del os.environ["OPENBLAS_CORETYPE"]
-            notes.append(
-                f"unset OPENBLAS_CORETYPE={coretype}, which keeps BLAS off AVX-512 (NANOCNN_KEEP_ENV=1 keeps it)"
-            )
-    if late:
+    notes.extend(environment.mend(share(), cores(), _cpu_flags()))
+    if "numpy" in sys.modules:
         notes.append("NumPy was imported before nanocnn, too early for BLAS to be told anything: import nanocnn first")
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2^4 cycles of spinning, then sleep
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's passive threads would not spin at all
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share()))
     os.environ.setdefault("NUMBA_NUM_THREADS", str(max(cores(), share())))  # the most that limit() can set later
+    os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
     if "NUMBA_CACHE_DIR" not in os.environ and not any(map(_can_write, NUMBA_CACHES)):
         folder = _private_folder()
         os.environ["NUMBA_CACHE_DIR"] = str(folder)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .kernels import threads
+from .kernels import environment
 from .machine import NEEDED, machine_facts
 
 RANK_BYTES = 1 << 30  # AlexNet at full width: parameters, gradients, momentum, and the activations of a batch
@@ -46,7 +46,20 @@ class Finding:
 def findings(facts: dict[str, Any]) -> list[Finding]:
     """What the facts mean for training, in the order of the report."""
     judges = (
-        *(_python, _packages, _cpu, _cores, _ram, _shared_memory, _linear_algebra, _thread_count, _traps, _jit, _cache),
+        *(
+            _python,
+            _packages,
+            _cpu,
+            _cores,
+            _ram,
+            _shared_memory,
+            _huge_pages,
+            _linear_algebra,
+            _thread_count,
+            _traps,
+            _jit,
+            _cache,
+        ),
         *(_ranks, _cuda, _tensorboard, _space, _images),
     )
     return [finding for judge in judges for finding in judge(facts)]
@@ -81,11 +94,14 @@ def _cpu(facts: dict[str, Any]) -> Iterator[Finding]:
 def _cores(facts: dict[str, Any]) -> Iterator[Finding]:
     p = facts["processor"]
     quota = f"quota {p['quota']:g}" if p["quota"] else "no quota"
-    found = Finding("cores", "ok", f"{p['usable']} usable of {p['logical']} (affinity mask {p['affinity']}, {quota})")
+    text = f"{p['usable']} usable of {p['logical']} (affinity mask {p['affinity']}, {quota})"
+    if p["physical"] and p["logical"] and p["physical"] < p["logical"]:
+        text = f"{text[:-1]}; {p['physical']} physical, one thread for each)"
+    found = Finding("cores", "ok", text)
     if p["affinity"] and p["logical"] and p["affinity"] < p["logical"]:
         command = "mpiexec --bind-to none -n 4 python ..."
         found = found.but("note", "Something bound this process to some of the cores. If it was Open MPI:", command)
-    elif p["logical"] and p["usable"] < p["logical"]:
+    elif p["quota"] and p["logical"] and p["quota"] < p["logical"]:
         found = found.but(
             "note", "The container has a quota. To give it more:", f"docker run --cpus={p['logical']} ..."
         )
@@ -110,6 +126,18 @@ def _shared_memory(facts: dict[str, Any]) -> Iterator[Finding]:
     yield found
 
 
+def _huge_pages(facts: dict[str, Any]) -> Iterator[Finding]:
+    setting = facts["memory"]["huge_pages"]
+    found = Finding("array pool", "ok", f"huge pages: {setting or 'unknown'}")
+    if setting == "never":
+        advice = (
+            "Large arrays are made of 4 KB pages here, each of which costs a fault. The administrator can allow others:"
+        )
+        command = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+        found = found.but("note", advice, command)
+    yield found
+
+
 def _linear_algebra(facts: dict[str, Any]) -> Iterator[Finding]:
     if not facts["blas"]:
         advice = "threadpoolctl sees no BLAS in NumPy and cannot set its threads. The wheel of NumPy brings OpenBLAS:"
@@ -119,7 +147,7 @@ def _linear_algebra(facts: dict[str, Any]) -> Iterator[Finding]:
         found = Finding(
             "BLAS", "ok", f"{blas['library']} {blas['version']}, kernel {kernel}, {blas['threads']} threads"
         )
-        narrow = blas["library"] == "openblas" and kernel.upper() not in threads.AVX512_CORES
+        narrow = blas["library"] == "openblas" and kernel.upper() not in environment.AVX512_CORES
         if narrow and "avx512f" in facts["processor"]["simd"]:
             advice = "This kernel leaves AVX-512 unused. Start Python without the variable that chose it:"
             found = found.but("note", advice, "unset OPENBLAS_CORETYPE")
@@ -138,11 +166,6 @@ def _thread_count(facts: dict[str, Any]) -> Iterator[Finding]:
 def _traps(facts: dict[str, Any]) -> Iterator[Finding]:
     for note in facts["threads"]["notes"]:
         yield Finding("environment", "note", note)
-    for name in ("OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"):
-        value = facts["environment"].get(name, "none")
-        if value.lower() not in ("none", "false", "disabled"):
-            advice = f"{name} puts the threads of several ranks on the same cores."
-            yield Finding("environment", "note", f"{name}={value}", advice, f"unset {name}")
 
 
 def _jit(facts: dict[str, Any]) -> Iterator[Finding]:

@@ -102,7 +102,8 @@ def _memory() -> dict[str, Any]:
     shared = None
     with contextlib.suppress(OSError):
         shared = shutil.disk_usage("/dev/shm").free
-    return dict(total=total, available=available, shared_free=shared)
+    huge = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
+    return dict(total=total, available=available, shared_free=shared, huge_pages=huge[1] if huge else None)
 
 
 def _blas() -> list[dict[str, Any]]:

@@ -6,8 +6,10 @@ order are the same on every rank. No registration, no metaclass, no `__getattr__
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral
 from typing import Any
@@ -17,9 +19,10 @@ import numpy as np
 from . import functional as F
 from . import init, random, tensor
 from .functional.basic import need_floats
+from .functional.fuse import fuse
 from .functional.geometry import Pair, pair
 from .kernels import dispatch
-from .kernels.dispatch import to_device
+from .kernels.dispatch import to_device, xp_of
 from .state import copy_by_name
 from .tensor import Tensor
 
@@ -41,9 +44,14 @@ class Buffer:
 
 
 class Module:
-    """A function with parameters. Subclasses assign parameters and modules in `__init__` and define `forward()`."""
+    """A function with parameters. Subclasses assign parameters and modules in `__init__` and define `forward()`.
+
+    `folds` says for `fold_batch_norm` which batch norm follows which convolution: pairs of attribute names. Name a pair
+    only if forward() hands the convolution's output to that batch norm and to nothing else.
+    """
 
     training = True
+    folds: Sequence[tuple[str, str]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if dispatch.recorder is None:
@@ -60,6 +68,9 @@ class Module:
 
     def _attributes(self) -> Iterator[tuple[str, Any]]:
         return iter(vars(self).items())
+
+    def _replace(self, name: str, module: Module) -> None:
+        setattr(self, name, module)
 
     def _named(self, kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         """Everything of a kind under this module with its dotted name, each object once."""
@@ -145,7 +156,10 @@ class Module:
 
 
 class Sequential(Module):
-    """Modules one after the other, named "0", "1", ..."""
+    """Modules one after the other, named "0", "1", ...
+
+    With the switch `fuse`, a ReLU is done by the layer beside it: see `_with_relu`.
+    """
 
     def __init__(self, *modules: Module):
         self.modules_in_order = list(modules)
@@ -153,9 +167,22 @@ class Sequential(Module):
     def _attributes(self) -> Iterator[tuple[str, Any]]:
         return ((str(i), module) for i, module in enumerate(self.modules_in_order))
 
+    def _replace(self, name: str, module: Module) -> None:
+        self.modules_in_order[int(name)] = module
+
+    @property
+    def folds(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        """Each convolution that a batch norm follows at once."""
+        pairs = enumerate(itertools.pairwise(self.modules_in_order))
+        return [(str(i), str(i + 1)) for i, (a, b) in pairs if isinstance(a, FOLDS) and isinstance(b, BatchNorm2d)]
+
     def forward(self, x: Tensor) -> Tensor:
-        for module in self.modules_in_order:
-            x = module(x)
+        if fuse.value == "off":
+            for module in self.modules_in_order:
+                x = module(x)
+        else:
+            for module, relu in _with_relu(self.modules_in_order):
+                x = module(x, relu=True) if relu else module(x)
         return x
 
     def __len__(self) -> int:
@@ -168,6 +195,27 @@ class Sequential(Module):
         part = Sequential(*self.modules_in_order[i])
         part.training = self.training
         return part
+
+
+def _with_relu(modules: list[Module]) -> list[tuple[Module, bool]]:
+    """The modules to run, and whether each does a ReLU too: max pooling the one before it, others the one after them.
+
+    A ReLU between a convolution and a max pooling is the pooling's, which has a quarter of the numbers.
+    """
+    steps: list[tuple[Module, bool]] = []
+    for before, module, after in zip([None, *modules], modules, [*modules[1:], None], strict=False):
+        if _is(module, ReLU) and _is(after, *RELU_BEFORE):
+            continue
+        if _is(module, ReLU) and _is(before, *RELU_AFTER):
+            steps[-1] = steps[-1][0], True
+        else:
+            steps.append((module, _is(module, *RELU_BEFORE) and _is(before, ReLU)))
+    return steps
+
+
+def _is(module: Module | None, *kinds: type[Module]) -> bool:
+    """Of one of these very classes, with its own forward(): neither a subclass's nor one that somebody wrapped."""
+    return type(module) in kinds and "forward" not in vars(module)
 
 
 def in_dtype_of(x: Tensor, p: Parameter | None) -> Any:
@@ -206,8 +254,8 @@ class Linear(Module):
         self.weight = Parameter(init.lecun_uniform(rng, (in_features, out_features), in_features))
         self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, in_dtype_of(x, self.weight), in_dtype_of(x, self.bias))
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return F.linear(x, in_dtype_of(x, self.weight), in_dtype_of(x, self.bias), relu=relu)
 
 
 class Conv2d(Module):
@@ -237,8 +285,10 @@ class Conv2d(Module):
         self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
         self.geometry: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, in_dtype_of(x, self.weight), in_dtype_of(x, self.bias), **self.geometry)
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu?(convolution + bias + residual)"""
+        weight, bias = in_dtype_of(x, self.weight), in_dtype_of(x, self.bias)
+        return F.conv2d(x, weight, bias, **self.geometry, residual=residual, relu=relu)
 
 
 class BatchNorm2d(Module):
@@ -252,9 +302,11 @@ class BatchNorm2d(Module):
         self.running_var = Buffer(np.ones(num_features, np.float32))
         self.eps, self.momentum = eps, momentum
 
-    def forward(self, x: Tensor) -> Tensor:
-        statistics = self.running_mean.data, self.running_var.data
-        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu?(batch norm + residual)"""
+        arrays = self.running_mean.data, self.running_var.data, self.weight, self.bias
+        more: dict[str, Any] = dict(residual=residual, relu=relu)
+        return F.batch_norm(x, *arrays, self.training, self.momentum, self.eps, **more)
 
 
 class BatchNorm1d(BatchNorm2d):
@@ -280,8 +332,9 @@ class MaxPool2d(Module):
     def __init__(self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0):
         self.window = kernel_size, stride, padding
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, *self.window)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """The pooling of x, or of max(x, 0)."""
+        return F.max_pool2d(x, *self.window, relu=relu)
 
 
 class AvgPool2d(Module):
@@ -380,3 +433,66 @@ class MultiheadAttention(Module):
         heads = projected.reshape(n, length, 3, self.num_heads, width // self.num_heads).transpose(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])  # (N, heads, L, E/heads)
         return self.out_proj(y.transpose(0, 2, 1, 3).reshape(n, length, width))
+
+
+# ------------------------------------------------------------------ who does what besides
+
+RELU_AFTER = (Linear, Conv2d, BatchNorm2d, BatchNorm1d)  # forward(x, relu=True) ends with a ReLU
+RELU_BEFORE = (MaxPool2d,)  # forward(x, relu=True) begins with one
+FOLDS = (Conv2d, Linear)  # the last axis of `weight` is that of the output
+
+
+def fold_batch_norm(model: Module) -> Module:
+    """A copy of `model`, in evaluation mode as it is, in which batch norms are part of the layers before them.
+
+    In evaluation, batch norm multiplies each channel by one number and adds another. The weights before it can be
+    multiplied once and for all, and the sum becomes a bias (Jacob et al. 2018, section 3.2). The convolution moves to
+    the place of the batch norm, where forward() adds the residual and asks for a ReLU; an Identity stands in its own.
+    The pairs are those of `Module.folds`. Raises ValueError in training mode, where batch norm needs the batch, and if
+    there is nothing to fold.
+    """
+    if any(module.training for _, module in model.named_modules()):
+        raise ValueError("fold_batch_norm in training mode, where batch norm uses the batch: call model.eval() first")
+    model = copy.deepcopy(model, {id(p): Parameter(p.data.copy()) for p in model.parameters()})
+    found = 0
+    for name, module in list(model.named_modules()):
+        layers = dict(module._attributes())
+        for first, second in module.folds:
+            layer: Any = layers.get(first)
+            norm: Any = layers.get(second)
+            if not _fits(layer, norm):
+                raise ValueError(
+                    f"{name or type(model).__name__}: cannot fold {second!r} ({_described(norm)}) into {first!r} "
+                    f"({_described(layer)}): expected a convolution or linear layer, and a batch norm of its channels"
+                )
+            module._replace(second, _folded(layer, norm))
+            module._replace(first, Identity())
+            found += 1
+    if not found:
+        raise ValueError(
+            f"fold_batch_norm found nothing to fold in {type(model).__name__}: in a Sequential a batch norm must "
+            "follow a convolution at once, and other modules name their pairs in `folds`"
+        )
+    return model
+
+
+def _fits(layer: Any, norm: Any) -> bool:
+    ours = isinstance(layer, FOLDS) and isinstance(norm, BatchNorm2d)
+    return ours and layer.weight.shape[-1:] == norm.weight.shape
+
+
+def _described(module: Any) -> str:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ + (f" with weight {weight.shape}" if weight is not None else "")
+
+
+def _folded(layer: Any, norm: BatchNorm2d) -> Any:
+    """(layer(x) - mean) scale + shift as a layer of its own; computed in float64, in the layer's dtype."""
+    xp, dtype = xp_of(layer.weight.data), layer.weight.dtype
+    mean, var = norm.running_mean.data.astype(np.float64), norm.running_var.data.astype(np.float64)
+    scale = norm.weight.data / xp.sqrt(var + norm.eps)
+    bias = 0 if layer.bias is None else layer.bias.data
+    folded = copy.copy(layer)
+    folded.weight = Parameter((layer.weight.data * scale).astype(dtype))
+    folded.bias = Parameter(((bias - mean) * scale + norm.bias.data).astype(dtype))
+    return folded

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .kernels import dispatch
 from .kernels.dispatch import device_of, span, to_device, xp_of
 
 _grad_enabled = True
@@ -182,8 +183,12 @@ class Tensor:
             if gy is None:  # nothing downstream sent a gradient here
                 gxs: Any = (None,) * len(op.needs)
             else:
-                with span(type(op).__name__, "backward", layer=op.layer):
+                op._arrived = grads
+                if dispatch.recorder is None:  # a `with` would cost as much as all the rest of this loop
                     gxs = op.backward(gy)
+                else:
+                    with span(type(op).__name__, "backward", layer=op.layer):
+                        gxs = op.backward(gy)
                 gxs = gxs if isinstance(gxs, tuple) else (gxs,)
             op.free()
             for x, gx in zip(op.inputs, gxs, strict=True):
@@ -224,15 +229,23 @@ class Op:
     needs: tuple[bool, ...]
     saved: tuple[Any, ...] | None = ()
     layer: str = ""  # the module that ran it, for the profile
+    _arrived: dict[int, Any] = {}  # noqa: RUF012  during backward, the gradients on their way, by the op they go to
 
     @classmethod
     def apply(cls, *inputs: Any, **parameters: Any) -> Tensor:
         op = cls()
-        like = next((x for x in inputs if isinstance(x, Tensor)), None)
-        tensors = [as_tensor(x, like) for x in inputs]
-        op.needs = tuple(_grad_enabled and x.requires_grad for x in tensors)
-        with span(cls.__name__, "forward"):
-            y = Tensor(op.forward(*(x.data for x in tensors), **parameters))
+        like = None
+        for x in inputs:
+            if isinstance(x, Tensor):
+                like = x
+                break
+        tensors = [x if isinstance(x, Tensor) else as_tensor(x, like) for x in inputs]
+        op.needs = tuple([_grad_enabled and x.requires_grad for x in tensors])
+        if dispatch.recorder is None:
+            y = Tensor(op.forward(*[x.data for x in tensors], **parameters))
+        else:
+            with span(cls.__name__, "forward"):
+                y = Tensor(op.forward(*[x.data for x in tensors], **parameters))
         if any(op.needs):
             op.inputs = tuple(
                 Input(x.node, x if x.node is None else None, x.shape, x.dtype) if needed else None
@@ -247,7 +260,27 @@ class Op:
             self.saved = arrays
 
     def free(self) -> None:
-        self.saved = None
+        self.saved, self._arrived = None, {}
+
+    def out_for(self, i: int) -> Any:
+        """Memory in which backward may write the gradient of input `i`, and return it; None if it has to bring its own.
+
+        It is the memory that holds a leaf's gradient, where none has arrived yet: what is written there need not be
+        copied there. Of a large weight that saves a pass over memory.
+        """
+        x = self.inputs[i]
+        if x is None or x.leaf is None or x.leaf._arrived or x.leaf.grad_buffer is None:
+            return None
+        memory = x.leaf.grad_buffer
+        fits = memory.shape == x.shape and memory.dtype == x.dtype and memory.flags.c_contiguous
+        once = sum(other is not None and other.leaf is x.leaf for other in self.inputs) == 1
+        return memory if fits and once else None
+
+    def take_arrived(self, i: int) -> Any:
+        """What has arrived of the gradient of input `i` from other ops so far, or None; to be added to its own by an op
+        that can do so while it writes. It may be shared with others: it must not be written to."""
+        x = self.inputs[i]
+        return None if x is None or x.node is None else self._arrived.pop(id(x.node), None)
 
     def forward(self, *arrays: Any, **parameters: Any) -> Any:
         raise TypeError(f"{type(self).__name__} defines no forward()")
@@ -279,8 +312,10 @@ def saved_bytes(y: Tensor) -> int:
     for op in _topological_order(y.node) if y.node else ():
         for a in op.saved or ():
             if hasattr(a, "nbytes"):
-                base = a if a.base is None else a.base
-                arrays[id(base)] = a.nbytes
+                memory = a
+                while getattr(memory, "base", None) is not None:  # a view's array; an array's block in the pool
+                    memory = memory.base
+                arrays[id(memory)] = max(a.nbytes, arrays.get(id(memory), 0))
     return sum(arrays.values())
 
 
@@ -332,11 +367,14 @@ def _fit(op: Op, x: Input, gx: Any) -> Any:
 
 
 def _arrive(leaf: Tensor, g: Any) -> None:
-    """The first gradient of a leaf is copied, later ones are added: `g` may be shared with another leaf."""
+    """The first gradient of a leaf is copied, later ones are added: `g` may be shared with another leaf.
+
+    Nothing is copied that the op wrote in its place (`Op.out_for`).
+    """
     if leaf.grad_buffer is None:
         leaf.grad_buffer = xp_of(g).array(g)
     elif leaf._arrived:
         leaf.grad_buffer += g
-    else:
+    elif g is not leaf.grad_buffer:
         leaf.grad_buffer[...] = g
     leaf._arrived = True

@@ -27,6 +27,11 @@ GEOMETRIES = [
     ((2, 8, 7, 16), (3, 3), 64, (2, 2), (0, 0), (1, 1), 1),
     ((1, 2, 2, 3), (3, 3), 4, (1, 1), (2, 2), (1, 1), 1),  # an image smaller than the kernel
     ((1, 4, 4, 32), (3, 3), 32, (2, 2), (2, 2), (1, 1), 1),
+    ((2, 9, 19, 37), (3, 3), 37, (1, 1), (1, 1), (1, 1), 37),  # depthwise: tiles of columns and their rest
+    ((2, 11, 8, 16), (5, 5), 16, (2, 2), (2, 2), (1, 1), 16),
+    ((1, 9, 9, 20), (3, 4), 40, (2, 1), (0, 3), (2, 1), 20),  # two outputs a channel
+    ((2, 7, 8, 5), (2, 1), 5, (3, 3), (0, 0), (1, 1), 5),  # pixels that no output meets
+    ((0, 5, 5, 4), (3, 3), 4, (1, 1), (1, 1), (1, 1), 4),
 ]
 
 
@@ -52,7 +57,11 @@ def conv2d(rng, dtype):
 
 
 def conv2d_grad_x(rng, dtype):
-    return [((gy, w, x.shape, *geometry), {}) for x, w, gy, geometry in _conv_arrays(rng, dtype)]
+    calls = []
+    for x, w, gy, geometry in _conv_arrays(rng, dtype):
+        residual = rng.standard_normal(x.shape).astype(dtype)
+        calls += [((gy, w, x.shape, *geometry), kwargs) for kwargs in ({}, dict(residual=residual))]
+    return calls
 
 
 def conv2d_grad_w(rng, dtype):

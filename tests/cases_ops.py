@@ -38,6 +38,21 @@ def bias_grad(rng, dtype):
     return [((x,), {}) for x in _arrays(rng, dtype)] + [((tall,), {})]
 
 
+def relu_bias_grad(rng, dtype):
+    y = np.maximum(rng.standard_normal((70_001, 3)).astype(dtype), 0)  # several blocks of rows
+    return [*two_arrays(rng, dtype), ((rng.standard_normal(y.shape).astype(dtype), y), {})]
+
+
+def epilogue(rng, dtype):
+    calls = []
+    for x in _arrays(rng, dtype):
+        bias, residual = rng.standard_normal(x.shape[-1:]).astype(dtype), rng.standard_normal(x.shape).astype(dtype)
+        calls += [((x.copy(),), dict(bias=bias)), ((x.copy(), bias, residual), dict(relu=True))]
+        calls += [((x.copy(),), dict(residual=residual)), ((x.copy(),), dict(relu=True))]
+    special = np.array([0.0, -0.0, 3.0, -3.0, np.inf, -np.inf, np.nan], dtype)
+    return [*calls, ((special.copy(),), dict(relu=True)), ((special.copy(), np.zeros_like(special)), {})]
+
+
 # (N, H, W, C), kernel, stride, padding
 WINDOWS = [
     ((3, 8, 8, 5), (2, 2), (2, 2), (0, 0)),
@@ -46,7 +61,9 @@ WINDOWS = [
     ((1, 8, 8, 17), (2, 2), (3, 3), (0, 0)),  # pixels that no window covers
     ((2, 5, 5, 1), (5, 5), (1, 1), (2, 2)),
     ((1, 1, 1, 1), (1, 1), (1, 1), (0, 0)),
-    ((1, 20, 18, 2), (17, 16), (1, 1), (0, 0)),  # 272 positions: more than a byte counts
+    ((3, 7, 9, 20), (2, 2), (2, 2), (0, 0)),  # an odd row and column at the end
+    ((1, 20, 18, 2), (17, 15), (1, 1), (0, 0)),  # 255 positions, the most that a byte counts beside "nowhere"
+    ((1, 20, 18, 2), (16, 16), (1, 1), (0, 0)),  # 256
     ((0, 4, 4, 3), (2, 2), (2, 2), (0, 0)),
     ((2, 4, 4, 0), (2, 2), (2, 2), (0, 0)),
 ]
@@ -56,14 +73,21 @@ def _images(rng, dtype):
     for shape, *window in WINDOWS:
         yield rng.standard_normal(shape).astype(dtype), *window
     yield np.round(rng.standard_normal((2, 9, 9, 3))).astype(dtype), (3, 3), (2, 2), (1, 1)  # equals
+    some = np.where(rng.random((2, 8, 6, 33)) < 0.1, np.nan, np.round(rng.standard_normal((2, 8, 6, 33))))
+    yield some.astype(dtype), (2, 2), (2, 2), (0, 0)
     holes = np.full((1, 6, 6, 2), -np.inf, dtype)
     holes[0, 2, 3] = np.nan
     yield holes, (3, 3), (1, 1), (1, 1)
     yield rng.standard_normal((2, 3, 6, 8)).astype(dtype).transpose(0, 2, 3, 1), (2, 2), (2, 2), (0, 0)
 
 
-def pool(rng, dtype):
+def avg_pool2d(rng, dtype):
     return [((x, *window), {}) for x, *window in _images(rng, dtype)]
+
+
+def max_pool2d(rng, dtype):
+    calls = avg_pool2d(rng, dtype)
+    return [*calls, *((args, dict(relu=True)) for args, _ in calls), (calls[0][0] + (True,), {})]
 
 
 def _gradients(rng, dtype):
@@ -74,7 +98,10 @@ def _gradients(rng, dtype):
 
 def max_pool2d_grad(rng, dtype):
     reference = pool2d.max_pool2d.variants["reference"].body
-    return [((gy, reference(x, *window)[1], x.shape, *window), {}) for gy, x, window in _gradients(rng, dtype)]
+    calls = []
+    for gy, x, window in _gradients(rng, dtype):
+        calls += [((gy, reference(x, *window, relu)[1], x.shape, *window), {}) for relu in (False, True)]
+    return calls
 
 
 def avg_pool2d_grad(rng, dtype):
@@ -94,17 +121,34 @@ def batch_norm_stats(rng, dtype):
 
 
 def batch_norm_apply(rng, dtype):
-    calls = [((x, *rng.standard_normal((3, x.shape[-1])).astype(dtype)), {}) for x in _rows(rng, dtype)]
+    calls = []
+    for residual, x in _pairs(rng, dtype):
+        args = (x, *_columns(rng, dtype, x, 3))
+        calls += [(args, {}), (args, dict(relu=True)), ((*args, residual, True), {}), (args, dict(residual=residual))]
+    special = np.array([[np.inf, -np.inf, np.nan, 3.0], [0.0, -0.0, 1.0, -1.0]], dtype)
+    calls.append(((special, *np.ones((3, 4), dtype)), dict(relu=True)))
     return [*calls, ((np.empty((0, 3), dtype), *np.ones((3, 3), dtype)), {})]
 
 
 def batch_norm_grad_stats(rng, dtype):
     calls = [((gy, x, x.reshape(-1, x.shape[-1])[0]), {}) for gy, x in _pairs(rng, dtype)]
+    calls += [((gy, x, *_columns(rng, dtype, x, 3)), {}) for gy, x in _pairs(rng, dtype)]
     return [*calls, ((*np.empty((2, 0, 3), dtype), np.ones(3, dtype)), {})]
 
 
+def batch_norm_residual_grad_stats(rng, dtype):
+    calls = [((gy, np.maximum(gy - x, 0), x, *_columns(rng, dtype, x, 1)), {}) for gy, x in _pairs(rng, dtype)]
+    return [*calls, ((*np.empty((3, 0, 3), dtype), np.ones(3, dtype)), {})]
+
+
 def batch_norm_grad(rng, dtype):
-    return [((gy, x, *rng.standard_normal((4, x.shape[-1])).astype(dtype)), {}) for gy, x in _pairs(rng, dtype)]
+    calls = [((gy, x, *_columns(rng, dtype, x, 4)), {}) for gy, x in _pairs(rng, dtype)]
+    return [*calls, *((args, dict(shift=args[2] + 1)) for args, _ in calls)]
+
+
+def _columns(rng, dtype, x, count):
+    """Numbers for each channel: every other column of a matrix, so that they do not lie side by side."""
+    return rng.standard_normal((count, 2 * x.shape[-1])).astype(dtype)[:, ::2]
 
 
 def _pairs(rng, dtype):
@@ -180,17 +224,21 @@ CASES = {
     **dict.fromkeys(("relu", "sigmoid", "silu", "gelu"), one_array),
     **dict.fromkeys(("relu_grad", "sigmoid_grad", "silu_grad", "gelu_grad"), two_arrays),
     **dict.fromkeys(("softmax", "log_softmax"), softmax),
-    **dict.fromkeys(("max_pool2d", "avg_pool2d"), pool),
     **{
         f.__name__: f
         for f in (
             add_bias,
             bias_grad,
+            relu_bias_grad,
+            epilogue,
+            max_pool2d,
+            avg_pool2d,
             max_pool2d_grad,
             avg_pool2d_grad,
             batch_norm_stats,
             batch_norm_apply,
             batch_norm_grad_stats,
+            batch_norm_residual_grad_stats,
             batch_norm_grad,
             layer_norm,
             layer_norm_grad,

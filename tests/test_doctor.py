@@ -28,8 +28,8 @@ def facts(here):
     """A machine on which everything is well, for a test to break."""
     facts = copy.deepcopy(here)
     facts["python"]["version"] = "3.12.4"
-    facts["processor"].update(simd=["avx2", "fma"], logical=8, usable=8, affinity=8, quota=None)
-    facts["memory"] = dict(total=16 << 30, available=12 << 30, shared_free=8 << 30)
+    facts["processor"].update(simd=["avx2", "fma"], logical=8, physical=8, usable=8, affinity=8, quota=None)
+    facts["memory"] = dict(total=16 << 30, available=12 << 30, shared_free=8 << 30, huge_pages="madvise")
     facts["blas"] = [dict(library="openblas", version="0.3.30", kernel="Haswell", threads=8, layer="pthreads")]
     facts["numba"].update(layer="omp", compiles=True, cache_writable=True)
     facts["threads"] = dict(per_rank=8, local_ranks=1, notes=[])
@@ -93,6 +93,8 @@ def test_a_machine_on_which_all_is_well(facts):
         ("memory", {"memory": {"available": 500 << 20}}, "broken", "--width 0.25"),
         ("memory", {"threads": {"local_ranks": 16, "per_rank": 1}}, "broken", "1 GiB a rank"),
         ("shared memory", {"memory": {"shared_free": 64 << 20}}, "note", "--shm-size"),
+        ("cores", {"processor": {"physical": 4, "usable": 4}}, "ok", ""),
+        ("array pool", {"memory": {"huge_pages": "never"}}, "note", "transparent_hugepage/enabled"),
         ("BLAS", {"blas": []}, "note", "--force-reinstall numpy"),
         ("BLAS", {"processor": {"simd": ["avx2", "avx512f"]}}, "note", "unset OPENBLAS_CORETYPE"),
         (
@@ -101,7 +103,6 @@ def test_a_machine_on_which_all_is_well(facts):
             "note",
             "unset OMP_NUM_THREADS",
         ),
-        ("environment", {"environment": {"OMP_PROC_BIND": "close"}}, "note", "unset OMP_PROC_BIND"),
         ("environment", {"threads": {"notes": ["NumPy was first"]}}, "note", ""),
         ("Numba", {"numba": {"compiles": False}}, "broken", "unset NUMBA_DISABLE_JIT"),
         ("Numba", {"numba": {"layer": "workqueue"}}, "note", "libgomp1"),
@@ -154,7 +155,7 @@ def test_each_lack_is_named_with_what_to_do(facts, area, changes, state, advice)
 
 def test_unknown_is_no_error(facts):
     """A system without /proc, /sys and /dev/shm."""
-    facts["memory"] = dict(total=None, available=None, shared_free=None)
+    facts["memory"] = dict(total=None, available=None, shared_free=None, huge_pages=None)
     facts["processor"].update(caches={}, simd=[], affinity=None, physical=None, logical=None)
     facts["disk"].update(free=None)
     assert healthy(findings(facts))

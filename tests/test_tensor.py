@@ -235,3 +235,130 @@ def test_a_fraction_beside_integers_is_not_cut_off():
     np.testing.assert_array_equal((Tensor([1, 2]) * 0.5).data, [0.5, 1])
     assert (Tensor([1, 2]) * 2).dtype == np.int64
     assert Tensor([1, 2]).mean().item() == 1.5
+
+
+# ------------------------------------------------------------------ gradients written where they belong
+
+
+class Times(Op):
+    """a * b, whose gradients are written in the memory that `out_for` offers."""
+
+    def forward(self, a, b):
+        self.save(a, b)
+        self.offers = Times.offers
+        return a * b
+
+    def backward(self, gy):
+        given = self.out_for(0), self.out_for(1)
+        self.offers.append(tuple(memory is not None for memory in given))
+        return tuple(
+            np.multiply(gy, other, out=memory) for other, memory in zip(reversed(self.saved), given, strict=True)
+        )
+
+
+@pytest.fixture
+def offers():
+    Times.offers = []
+    return Times.offers
+
+
+def with_memory(*shape, memory=None):
+    x = leaf(*shape)
+    x.grad = np.full(shape, 7.0) if memory is None else memory
+    x.zero_grad()
+    return x
+
+
+def test_an_op_writes_a_leaf_s_gradient_in_its_memory(offers):
+    x, y = with_memory(3), leaf(3)
+    memory = x.grad_buffer
+    Times.apply(x, y).sum().backward()
+    assert offers == [(True, False)]  # y has no memory yet
+    assert x.grad is memory
+    np.testing.assert_array_equal(x.grad, y.data)
+    np.testing.assert_array_equal(y.grad, x.data)
+    Times.apply(x, y).sum().backward()  # now something has arrived at both: it must be added
+    assert offers[1] == (False, False)
+    np.testing.assert_array_equal(x.grad, 2 * y.data)
+    x.zero_grad()
+    Times.apply(x, y).sum().backward()
+    assert offers[2] == (True, False)
+    np.testing.assert_array_equal(x.grad, y.data)
+    np.testing.assert_array_equal(y.grad, 3 * x.data)
+
+
+def test_a_leaf_that_several_ops_use_is_written_by_one_of_them(offers):
+    x, y, z = with_memory(3), leaf(3), leaf(3)
+    (Times.apply(x, y) + Times.apply(x, z)).sum().backward()
+    assert sorted(offers) == [(False, False), (True, False)]
+    np.testing.assert_allclose(x.grad, y.data + z.data)
+
+
+def test_an_op_that_uses_a_leaf_twice_brings_memory_of_its_own(offers):
+    x = with_memory(3)
+    Times.apply(x, x).sum().backward()
+    assert offers == [(False, False)]
+    np.testing.assert_allclose(x.grad, 2 * x.data)
+
+
+def test_memory_is_offered_for_a_leaf_alone_and_only_if_it_fits(offers):
+    x = with_memory(3)
+    Times.apply(x * 1.0, Tensor(np.ones(3))).sum().backward()
+    narrow = with_memory(4, memory=np.zeros(8)[::2])
+    Times.apply(narrow, np.ones(4)).sum().backward()
+    wrong = with_memory(4)
+    wrong.grad_buffer = np.zeros(4, np.float32)
+    Times.apply(wrong, np.ones(4)).sum().backward()
+    assert offers == [(False, False)] * 3
+    for t in (x, narrow, wrong):
+        np.testing.assert_array_equal(t.grad, np.ones(t.shape))
+
+
+def test_an_op_that_does_not_return_what_it_wrote_has_it_copied():
+    class Forgetful(Op):
+        def forward(self, a):
+            return a * 2
+
+        def backward(self, gy):
+            self.out_for(0)[...] = 99
+            return gy * 2
+
+    x = with_memory(3)
+    Forgetful.apply(x).sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2, 2])
+
+
+@pytest.mark.parametrize("fuse", ["on", "off"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_linear_layers_in_buckets_have_the_same_gradients(fuse, tied):
+    """Weights of their own, and one weight that both layers share; over one backward pass and over two."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((6, 6)) for _ in range(2)]
+    x = Tensor(rng.standard_normal((5, 6)))
+
+    def gradients(in_buckets, passes):
+        w = [Tensor(v.copy(), requires_grad=True) for v in values]
+        if in_buckets:
+            nc.optim.SGD(w, 0.1)
+        for _ in range(passes):
+            h = nc.functional.linear(x, w[0])
+            nc.functional.linear(h, w[0] if tied else w[1]).sum().backward()
+        return [t.grad for t in w if t.grad is not None]
+
+    with nc.using(fuse=fuse):
+        for passes in (1, 2):
+            pairs = list(zip(gradients(True, passes), gradients(False, passes), strict=True))
+            assert len(pairs) == 2 - tied
+            for ours, expected in pairs:
+                np.testing.assert_allclose(ours, expected, rtol=1e-12)
+
+
+def test_the_bytes_of_a_pooled_array_and_its_views_count_once():
+    x = Tensor(nc.kernels.memory.empty((1 << 20,), np.float32), requires_grad=True)
+
+    class Keep(Op):
+        def forward(self, a):
+            self.save(a, a.reshape(1024, 1024), a[:10])
+            return a[:1]
+
+    assert saved_bytes(Keep.apply(x)) == x.data.nbytes

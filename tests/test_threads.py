@@ -11,7 +11,14 @@ from launch import alone
 
 from nanocnn.kernels import threads
 
-WORDS = (*threads.LOCAL_RANKS, "NANOCNN_THREADS", "OMP_NUM_THREADS", "NANOCNN_KEEP_ENV", "OPENBLAS_CORETYPE")
+WORDS = (
+    *threads.LOCAL_RANKS,
+    "NANOCNN_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_THREAD_LIMIT",
+    "NANOCNN_KEEP_ENV",
+    "OPENBLAS_CORETYPE",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +28,8 @@ def eight_cores(monkeypatch, tmp_path):
         monkeypatch.delenv(word, raising=False)
     monkeypatch.setattr(threads, "mask", lambda: list(range(8)))
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(threads, "PROCESSORS", tmp_path)
 
 
 def test_mask_is_this_process_s_own():
@@ -47,6 +56,39 @@ def test_a_quota_of_the_cgroup_counts(files, cores, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert threads.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("lines", "files"),
+    [
+        ("0::/slice/job/step\n", {"slice/job/cpu.max": "300000 100000\n", "slice/cpu.max": "800000 100000\n"}),
+        ("0::/slice/job/step\n", {"cpu.max": "300000 100000\n", "slice/job/step/cpu.max": "max 100000\n"}),
+        (
+            "5:cpu,cpuacct:/box\n1:name=systemd:/init\n",
+            {"cpu/box/cpu.cfs_quota_us": "300000", "cpu/box/cpu.cfs_period_us": "100000", "init/cpu.max": "1 1"},
+        ),
+    ],
+)
+def test_a_quota_of_a_group_around_ours_counts(lines, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "own").write_text(lines)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert threads.quota() == 3
+
+
+def test_two_processors_of_one_core_count_once(tmp_path, monkeypatch):
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    assert threads.cores() == threads.share() == 4
+    assert threads.share([list(range(8))] * 2) == 2
+    monkeypatch.setattr(threads, "mask", lambda: [0, 1, 4])
+    assert threads.cores() == 2
+    assert threads.share([[0, 1, 4], [2, 3, 6]]) == 2
+    assert threads.share([[0, 1, 4], [5]]) == 1  # whose core is ours too
 
 
 @pytest.mark.parametrize(
@@ -92,6 +134,8 @@ def test_the_user_s_word(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
     assert threads.share() == 3  # at most
     assert threads.share([list(range(8))] * 4) == 2
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "2")
+    assert threads.share() == 2
     monkeypatch.setenv("NANOCNN_THREADS", "12")
     assert threads.share() == threads.share([list(range(8))] * 4) == 12  # exactly
     monkeypatch.setenv("NANOCNN_THREADS", "many")
@@ -100,7 +144,8 @@ def test_the_user_s_word(monkeypatch):
 
 
 def test_configure_speaks_before_numpy_listens(monkeypatch):
-    for name in ("OPENBLAS_THREAD_TIMEOUT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    names = "OPENBLAS_THREAD_TIMEOUT OMP_WAIT_POLICY OPENBLAS_NUM_THREADS NUMBA_NUM_THREADS GOMP_SPINCOUNT"
+    for name in [*names.split(), "NUMBA_THREADING_LAYER_PRIORITY"]:
         monkeypatch.setenv(name, "")  # so that what configure() sets is undone after the test
         monkeypatch.delenv(name)
     monkeypatch.setattr(threads, "notes", [])
@@ -116,6 +161,7 @@ def test_configure_speaks_before_numpy_listens(monkeypatch):
     assert os.environ["OPENBLAS_NUM_THREADS"] == "2"
     assert os.environ["NUMBA_NUM_THREADS"] == "8"  # limit() may raise it, once the masks are known
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert os.environ["NUMBA_THREADING_LAYER_PRIORITY"].startswith("omp ")
 
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     threads.configure()  # too late: NumPy is there
@@ -124,9 +170,7 @@ def test_configure_speaks_before_numpy_listens(monkeypatch):
     assert "import nanocnn first" in threads.notes[1]
 
     monkeypatch.setenv("OPENBLAS_CORETYPE", "SkylakeX")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     threads.configure()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"  # what the user set stays
     assert not any("CORETYPE" in note for note in threads.notes)
 
 

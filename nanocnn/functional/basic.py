@@ -13,6 +13,7 @@ from ..kernels.dispatch import xp_of
 from ..kernels.elementwise import add_bias, as_rows, bias_grad
 from ..kernels.matmul import matmul as matmul_kernel
 from ..tensor import Op, Tensor, as_tensor
+from .fuse import back_through_epilogue, fuse, one_by_one
 
 
 class Add(Op):
@@ -111,9 +112,6 @@ class Linear(Op):
     """x @ w + b over the last axis of x; w is (in, out)."""
 
     def forward(self, x, w, b=None):
-        if x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
-            shapes = f"{x.shape}, {w.shape}" + ("" if b is None else f", {b.shape}")
-            raise ValueError(f"linear of shapes {shapes}: expected x (..., in), w (in, out), b (out,)")
         self.save(x, w)
         y = matmul_kernel(as_rows(x), w)
         if b is not None:
@@ -124,8 +122,24 @@ class Linear(Op):
         x, w = self.saved
         gy = as_rows(gy)
         gx = matmul_kernel(gy, w.T).reshape(x.shape) if self.needs[0] else None
-        gw = matmul_kernel(as_rows(x).T, gy) if self.needs[1] else None
+        gw = matmul_kernel(as_rows(x).T, gy, out=self.out_for(1)) if self.needs[1] else None
         gb = bias_grad(gy) if self.needs[-1] and len(self.needs) == 3 else None
+        return (gx, gw, gb)[: len(self.needs)]
+
+
+class FusedLinear(Op):
+    """relu?(x @ w + b), finished before it is stored."""
+
+    def forward(self, x, w, b=None, *, relu):
+        y = matmul_kernel(as_rows(x), w, bias=b, relu=relu)
+        self.save(x, w, y if relu else None)
+        return y.reshape(*x.shape[:-1], w.shape[1])
+
+    def backward(self, gy):
+        x, w, y = self.saved
+        gy, gb = back_through_epilogue(as_rows(gy), y, len(self.needs) == 3)
+        gx = matmul_kernel(gy, w.T).reshape(x.shape) if self.needs[0] else None
+        gw = matmul_kernel(as_rows(x).T, gy, out=self.out_for(1)) if self.needs[1] else None
         return (gx, gw, gb)[: len(self.needs)]
 
 
@@ -236,10 +250,16 @@ def need_floats(name: str, x: Tensor) -> None:
         )
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """(..., in), (in, out), (out,) -> (..., out): x @ w + b. Raises TypeError unless x is floating-point."""
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """(..., in), (in, out), (out,) -> (..., out): x @ w + b; then ReLU. Raises TypeError unless x is floating-point."""
     need_floats("linear", x)
-    return Linear.apply(x, w) if b is None else Linear.apply(x, w, b)
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
+        shapes = f"{x.shape}, {w.shape}" + ("" if b is None else f", {b.shape}")
+        raise ValueError(f"linear of shapes {shapes}: expected x (..., in), w (in, out), b (out,)")
+    inputs = (x, w) if b is None else (x, w, b)
+    if fuse.value == "on":
+        return FusedLinear.apply(*inputs, relu=relu)
+    return one_by_one(Linear.apply(*inputs), None, relu)
 
 
 def exp(x: Tensor) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..kernels import conv2d as kernels
 from ..kernels.elementwise import add_bias, bias_grad
+from ..kernels.im2col import output_shape
 from ..tensor import Op, Tensor
 from .basic import need_floats
+from .fuse import back_through_epilogue, check_residual, fuse, one_by_one
 from .geometry import Pair, pair
 
 
@@ -26,6 +30,28 @@ class Conv2d(Op):
         return (gx, gw, gb)[: len(self.needs)]
 
 
+class FusedConv2d(Op):
+    """relu?(convolution + bias + residual), finished before it is stored.
+
+    Backward, the gradient behind the ReLU is that of the convolution and of the residual, its sum that of the bias.
+    """
+
+    def forward(self, x, w, *more, names, relu, stride, padding, dilation, groups):
+        self.geometry, self.names = (stride, padding, dilation, groups), names
+        y = kernels.conv2d(x, w, *self.geometry, **dict(zip(names, more, strict=True)), relu=relu)
+        self.save(x, w, y if relu else None)
+        return y
+
+    def backward(self, gy):
+        x, w, y = self.saved
+        gy, gb = back_through_epilogue(gy, y, "bias" in self.names)
+        gx = None
+        if self.needs[0]:
+            gx = kernels.conv2d_grad_x(gy, w, x.shape, *self.geometry, residual=self.take_arrived(0))
+        gw = kernels.conv2d_grad_w(gy, x, w.shape, *self.geometry) if self.needs[1] else None
+        return gx, gw, *(gb if name == "bias" else gy for name in self.names)
+
+
 def conv2d(
     x: Tensor,
     w: Tensor,
@@ -34,8 +60,11 @@ def conv2d(
     padding: Pair = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """(N, H, W, C), (KH, KW, C/groups, O), (O,) -> (N, OH, OW, O).
+    """(N, H, W, C), (KH, KW, C/groups, O), (O,) -> (N, OH, OW, O): convolution, plus bias, plus `residual`; then ReLU.
 
     OH = (H + 2 padding - dilation (KH - 1) - 1) // stride + 1, and OW likewise. Raises ValueError on shapes that do not
     fit, TypeError on dtypes that differ or are no floats.
@@ -56,7 +85,12 @@ def conv2d(
     need_floats("conv2d", x)
     if x.dtype != w.dtype:
         raise TypeError(f"conv2d of {x.dtype} images with {w.dtype} weights: give both one dtype (functional.cast)")
-    geometry = dict(
+    geometry: dict[str, Any] = dict(
         stride=pair("stride", stride, 1), padding=pair("padding", padding, 0), dilation=pair("dilation", dilation, 1)
     )
-    return Conv2d.apply(*((x, w) if b is None else (x, w, b)), **geometry, groups=groups)
+    check_residual("conv2d", (*output_shape(x.shape, w.shape[:2], **geometry), w.shape[3]), x.dtype, residual)
+    if fuse.value == "on":
+        more = {name: t for name, t in (("bias", b), ("residual", residual)) if t is not None}
+        return FusedConv2d.apply(x, w, *more.values(), names=tuple(more), relu=relu, **geometry, groups=groups)
+    y = Conv2d.apply(*((x, w) if b is None else (x, w, b)), **geometry, groups=groups)
+    return one_by_one(y, residual, relu)

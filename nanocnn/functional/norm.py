@@ -10,6 +10,7 @@ from ..kernels import layer_norm as layer_kernels
 from ..kernels.dispatch import xp_of
 from ..tensor import Op, Tensor, as_tensor
 from .basic import need_floats
+from .fuse import check_residual, fuse, one_by_one
 
 
 class BatchNorm(Op):
@@ -19,7 +20,13 @@ class BatchNorm(Op):
     gx = weight rstd (gy - gb / M - h gw / M) (Ioffe & Szegedy 2015, section 3). In evaluation the latter two vanish.
     """
 
-    def forward(self, x, weight, bias, *, running_mean, running_var, training, momentum, eps):
+    def forward(self, x, weight, bias, **how):
+        mean, rstd = self.statistics(x, **how)
+        self.save(x, mean, rstd, weight)
+        return kernels.batch_norm_apply(x, mean, weight * rstd, bias)
+
+    def statistics(self, x, *, running_mean, running_var, training, momentum, eps):
+        """mean and rstd: of this batch, which is then counted among the running ones, or these."""
         xp, rows = xp_of(x), math.prod(x.shape[:-1])
         if training and rows:
             mean, var = kernels.batch_norm_stats(x)
@@ -29,20 +36,50 @@ class BatchNorm(Op):
         else:
             dtype = kernels.statistics_dtype(x)
             mean, var = running_mean.astype(dtype), running_var.astype(dtype)
-        rstd = 1 / xp.sqrt(var + eps)
-        self.save(x, mean, rstd, weight)
         self.rows = rows if training else math.inf
-        return kernels.batch_norm_apply(x, mean, weight * rstd, bias)
+        return mean, 1 / xp.sqrt(var + eps)
 
     def backward(self, gy):
         x, mean, rstd, weight = self.saved
-        gb, gw = kernels.batch_norm_grad_stats(gy, x, mean)
-        gw *= rstd
+        return self.gradients(gy, kernels.batch_norm_grad_stats(gy, x, mean), x, mean, rstd, weight)
+
+    def gradients(self, gy, sums, x, mean, rstd, weight, relu_shift=None):
+        """gx, gw, gb from sum(gy) and sum(gy (x - mean)); with `relu_shift`, which is the bias, behind a ReLU."""
+        gb, gw = sums[0], sums[1] * rstd
         gx = None
         if self.needs[0]:
             share = 1 / max(1, self.rows)
-            gx = kernels.batch_norm_grad(gy, x, mean, weight * rstd, gb * share, gw * rstd * share)
+            gx = kernels.batch_norm_grad(gy, x, mean, weight * rstd, gb * share, gw * rstd * share, relu_shift)
         return gx, gw.astype(weight.dtype, copy=False), gb.astype(weight.dtype, copy=False)
+
+
+class BatchNormReLU(BatchNorm):
+    """relu(batch norm), in batch norm's own passes. No mask is kept: backward computes it from x, which it reads."""
+
+    def forward(self, x, weight, bias, **how):
+        mean, rstd = self.statistics(x, **how)
+        self.save(x, mean, rstd, weight, bias)
+        return kernels.batch_norm_apply(x, mean, weight * rstd, bias, relu=True)
+
+    def backward(self, gy):
+        x, mean, rstd, weight, bias = self.saved
+        sums = kernels.batch_norm_grad_stats(gy, x, mean, weight * rstd, bias)
+        return self.gradients(gy, sums, x, mean, rstd, weight, relu_shift=bias)
+
+
+class BatchNormAddReLU(BatchNorm):
+    """relu(batch norm + residual), the end of a residual block. The mask is that of y, which the next layer keeps."""
+
+    def forward(self, x, weight, bias, residual, **how):
+        mean, rstd = self.statistics(x, **how)
+        y = kernels.batch_norm_apply(x, mean, weight * rstd, bias, residual, relu=True)
+        self.save(x, mean, rstd, weight, y)
+        return y
+
+    def backward(self, gy):
+        x, mean, rstd, weight, y = self.saved
+        gy, *sums = kernels.batch_norm_residual_grad_stats(gy, y, x, mean)
+        return *self.gradients(gy, sums, x, mean, rstd, weight), gy
 
 
 class LayerNorm(Op):
@@ -79,8 +116,13 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """(N, C) or (N, H, W, C), normalised over all axes but the last; then times `weight` plus `bias`, (C,) or None.
+
+    Then plus `residual`, of x's shape, and ReLU, where they are asked for.
 
     In training by the batch's mean and variance, and the raw arrays `running_mean` and `running_var` are updated in
     place: running = (1 - momentum) running + momentum batch, the variance unbiased, as in PyTorch. In evaluation by
@@ -99,8 +141,14 @@ def batch_norm(
         raise ValueError(
             f"batch_norm of {x.shape} in training: one row has no variance; use a larger batch, or evaluation mode"
         )
-    statistics = dict(running_mean=running_mean, running_var=running_var)
-    return BatchNorm.apply(x, weight, bias, **statistics, training=training, momentum=momentum, eps=eps)
+    check_residual("batch_norm", x.shape, x.dtype, residual)
+    how: dict[str, Any] = dict(running_mean=running_mean, running_var=running_var)
+    how |= dict(training=training, momentum=momentum, eps=eps)
+    if fuse.value == "off" or not relu:
+        return one_by_one(BatchNorm.apply(x, weight, bias, **how), residual, relu)
+    if residual is None:
+        return BatchNormReLU.apply(x, weight, bias, **how)
+    return BatchNormAddReLU.apply(x, weight, bias, residual, **how)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from ..kernels import pool2d as kernels
 from ..kernels.dispatch import xp_of
 from ..tensor import Op, Tensor
+from .activation import relu as relu_of
 from .basic import need_floats, reshape
+from .fuse import fuse
 from .geometry import Pair, pair
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # kernel, stride, padding
 
 
 class MaxPool2d(Op):
-    def forward(self, x, *, window):
-        y, position = kernels.max_pool2d(x, *window)
+    def forward(self, x, *, window, relu):
+        y, position = kernels.max_pool2d(x, *window, relu)
         self.save(position)
         self.shape, self.window = x.shape, window
         return y
@@ -77,13 +79,18 @@ def _window(name: str, x: Tensor, kernel_size: Pair, stride: Pair | None, paddin
     return window
 
 
-def max_pool2d(x: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
+def max_pool2d(
+    x: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0, *, relu: bool = False
+) -> Tensor:
     """(N, H, W, C) -> (N, OH, OW, C): the largest of each window, OH = (H + 2 padding - KH) // stride + 1.
 
     `stride` is the kernel's size unless given; padding counts as -inf. The gradient goes to the largest, the first of
-    equals. Raises ValueError if a kernel is larger than the padded image.
+    equals. With `relu` it is the pooling of max(x, 0). Raises ValueError if a kernel is larger than the padded image.
     """
-    return MaxPool2d.apply(x, window=_window("max_pool2d", x, kernel_size, stride, padding))
+    window = _window("max_pool2d", x, kernel_size, stride, padding)
+    if relu and fuse.value == "off":
+        return MaxPool2d.apply(relu_of(x), window=window, relu=False)
+    return MaxPool2d.apply(x, window=window, relu=relu)
 
 
 def avg_pool2d(x: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:

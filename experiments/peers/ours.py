@@ -1,0 +1,79 @@
+"""nanocnn, as a script uses it: what the others are compared with."""
+
+TITLE = "nanocnn"
+NEEDS = ("nanocnn",)
+TRAIN = {"fastest": "the kernels of the fixed rule, or those of --use"}
+INFER = {"fastest": "the same, batch norm folded into the convolutions"}
+LAYERS = {"fastest": "the primitives conv2d, conv2d_grad_x, conv2d_grad_w"}
+
+
+def environment(setting, threads):
+    return {"NANOCNN_THREADS": str(threads)}
+
+
+def network(model, width, dropout):
+    """A network of nanocnn.models by its name, for 10 classes."""
+    from nanocnn.models import alexnet_cifar, resnet18
+
+    return alexnet_cifar(width=width, dropout=dropout) if model == "alexnet" else resnet18(width=width)
+
+
+def prepared(task):
+    import nanocnn as nc
+    from nanocnn.kernels.dispatch import parse_use
+
+    policy, choices = parse_use(task.use)
+    nc.use(*policy, **choices)
+    net = network(task.model, task.width, task.dropout)
+    net.load_state_dict(task.weights)
+    return nc, net
+
+
+def training(task):
+    nc, net = prepared(task)
+    optimizer = nc.optim.SGD(net.named_parameters(), task.lr, task.momentum, weight_decay=task.weight_decay)
+
+    def backward():
+        optimizer.zero_grad()
+        loss = nc.functional.cross_entropy(net(nc.Tensor(task.images)), task.labels)
+        loss.backward()
+        return loss.item()
+
+    def step():
+        loss = backward()
+        optimizer.step()
+        return loss
+
+    def gradients():
+        return backward(), {name: p.grad.copy() for name, p in net.named_parameters()}
+
+    return step, gradients
+
+
+def inference(task):
+    nc, net = prepared(task)
+    net.eval()
+    if any(net.named_buffers()):  # running statistics: there is batch norm
+        net = nc.nn.fold_batch_norm(net)
+
+    def infer():
+        with nc.no_grad():
+            return net(nc.Tensor(task.images)).numpy()
+
+    return infer
+
+
+def convolution(layer):
+    import nanocnn as nc
+    from nanocnn.kernels import conv2d as kernels
+    from nanocnn.kernels.dispatch import parse_use
+
+    policy, choices = parse_use(layer.use)
+    nc.use(*policy, **choices)
+    x, w, gy = layer.x, layer.w, layer.gy
+    geometry = layer.stride, layer.padding, (1, 1), 1
+    return {
+        "forward": lambda: kernels.conv2d(x, w, *geometry),
+        "grad_x": lambda: kernels.conv2d_grad_x(gy, w, x.shape, *geometry),
+        "grad_w": lambda: kernels.conv2d_grad_w(gy, x, w.shape, *geometry),
+    }

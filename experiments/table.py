@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Write the measured tables into README.md from the result files in docs/measurements/, so that nobody types a figure.
+
+A table stands between two comments, and everything between them is written anew:
+
+    <!-- table: networks -->   training and inference, in nanocnn and in other frameworks
+    <!-- table: layers -->     the networks' convolutions one by one
+    <!-- /table -->
+
+A result file is the vs_peers.json of `python experiments/vs_peers.py`, copied to docs/measurements/ under any name.
+Files of several runs (another batch, another number of threads) make one table together.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from peers import _report  # isort: skip  (beside this file)
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.S)
+
+
+class TableError(ValueError):
+    """The README or a result file is not what a table can be made from."""
+
+
+def results(folder):
+    """The vs_peers results in a folder, by file name, other JSON files left out. Raises TableError on a broken file."""
+    found = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError as error:
+            raise TableError(f"{path}: no JSON: {error}") from None
+        if isinstance(result, dict) and result.get("kind") == "vs_peers":
+            found.append(result)
+    return found
+
+
+def networks(runs):
+    """Rows: network, mode, batch, threads. Columns: each framework in its best setting, and ours over the best."""
+    cells, titles, settings = {}, {}, {}
+    for run in runs:
+        for entry in run["networks"]:
+            key = entry["model"], entry["mode"], run["batch"], run["threads"]
+            if key in cells:
+                raise TableError(f"two result files measured {', '.join(map(str, key))}: keep one of them")
+            cells[key] = {row["peer"]: row for row in sorted(entry["rows"], key=lambda row: -row["median"])}
+            titles.update({name: peer["title"] for name, peer in run["peers"].items()})
+            for row in entry["rows"]:
+                settings.setdefault(row["peer"], {})[row["setting"]] = None
+    names = [name for name in titles if any(name in row for row in cells.values())]
+    several = len({key[3] for key in cells}) > 1
+    header = ["ms: median (minimum)", *(titles[name] for name in names), "ours / PyTorch", "ours / best"]
+    lines = []
+    for (model, mode, batch, threads), row in cells.items():
+        what = f"{_report.MODELS[model]}, {_report.MODES[mode]}, batch {batch}"
+        what += f", {threads} thread{'s' * (threads > 1)}" if several else ""
+        times = [f"{_ms(row[name]['median'])} ({_ms(row[name]['minimum'])})" if name in row else "" for name in names]
+        best = _report.best(list(row.values()))
+        ratios = [_ratio(row["ours"], other) for other in (row.get("pytorch"), best)]
+        lines.append([what, f"**{times[0]}**", *times[1:], *ratios])
+    tried = "; ".join(f"{titles[name]}: {', '.join(s)}" for name, s in settings.items() if len(s) > 1)
+    note = f" Each framework's best setting by median, of these ({tried})." if tried else ""
+    return _markdown(header, lines) + _footer([run for run in runs if run["networks"]], note)
+
+
+def layers(runs):
+    """Rows: layers. Columns: for each direction our median in ms, and its ratio to the best of the others."""
+    cells, share = {}, {}
+    for run in runs:
+        for entry in run["layers"]:
+            key = entry["layer"], run["batch"], run["threads"]
+            row = cells.setdefault(key, {})
+            if entry["direction"] in row:
+                raise TableError(f"two result files measured {', '.join(map(str, key))}: keep one of them")
+            ours, best = entry["rows"][0], _report.best(entry["rows"])
+            row[entry["direction"]] = f"{_ms(ours['median'])} ({_ratio(ours, best)})"
+            share[key] = f", batch {run['batch']}, {run['threads']} threads"
+    several = len(set(share.values())) > 1
+    header = ["our median in ms (ours / best of the others)", "forward", "gradient of x", "gradient of w"]
+    lines = [
+        [key[0] + (share[key] if several else ""), *(row.get(direction, "") for direction in _report.DIRECTIONS)]
+        for key, row in cells.items()
+    ]
+    return _markdown(header, lines) + _footer([run for run in runs if run["layers"]], "")
+
+
+TABLES = {"networks": networks, "layers": layers}
+
+
+def _ms(seconds):
+    """Milliseconds with three digits."""
+    ms = seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _ratio(ours, other):
+    return f"{ours['median'] / other['median']:.2f}" if other else ""
+
+
+def _markdown(header, lines):
+    if not lines:
+        raise TableError("no result for this table in docs/measurements/: run experiments/vs_peers.py, copy its JSON")
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+
+
+def _footer(runs, note):
+    """Where, when, with what versions and by which commands this was measured."""
+    places = {f"{run['machine']['processor']['name']}, {run['threads']} threads, {run['date']}": None for run in runs}
+    versions = {
+        f"{package} {version}": None for run in runs for peer in run["peers"].values() for package, version in
+        peer["versions"].items()
+    }  # fmt: skip
+    commands = {f"`{run['command']}`": None for run in runs}
+    return (
+        f"\nMeasured in float32 on {'; '.join(places)}.{note} Below 1.00 nanocnn is faster.\n"
+        f"Versions: {', '.join(versions)}. Command: {', '.join(commands)}.\n"
+    )
+
+
+def updated(text, runs):
+    """The README's text with every marked table written anew. Raises TableError if there is none, or an unknown one."""
+
+    def table(match):
+        if match[2] not in TABLES:
+            raise TableError(f"<!-- table: {match[2]} -->: expected one of {', '.join(TABLES)}")
+        return match[1] + TABLES[match[2]](runs) + match[3]
+
+    if text.count("<!-- table:") != text.count("<!-- /table -->") or text.count("<!-- table:") == 0:
+        raise TableError("expected <!-- table: NAME --> and, for each of them, <!-- /table -->")
+    return MARKED.sub(table, text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", default=ROOT / "README.md", type=Path, metavar="FILE", help="the page to write")
+    folder = ROOT / "docs" / "measurements"
+    parser.add_argument("--results", default=folder, type=Path, metavar="DIR", help="where the JSON files are")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is not up to date")
+    args = parser.parse_args()
+    try:
+        old = args.readme.read_text()
+        new = updated(old, results(args.results))
+    except (OSError, TableError) as error:
+        sys.exit(f"{args.readme}: {error}")
+    if args.check:
+        if new != old:
+            sys.exit(f"{args.readme} is not what the result files say: run python experiments/table.py")
+    else:
+        args.readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
