@@ -226,8 +226,9 @@ class Comparison:
                 path.write_bytes(pickle.dumps(task))
                 return process.ask("prepare", mode, str(path))
 
-            with closing(Process("ours", "fastest", args.threads)) as process:
-                prepare(process)  # compiles kernels: what the compiler leaves in memory is not the step's
+            if not args.quick:  # compile kernels elsewhere: what the compiler leaves in memory is not the step's
+                with closing(Process("ours", "fastest", args.threads)) as process:
+                    prepare(process)
             entrants = self.start(stack, mode, prepare)
             rows = [dict(row, memory=facts["memory"], seconds=[]) for row, _, facts in entrants]
             ours = entrants[0][1].ask("check")

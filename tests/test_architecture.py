@@ -25,7 +25,7 @@ SEES = {
 }
 BESIDE = (
     "optim schedules parallel data checkpoint profile doctor machine "
-    "ema early_stopping metrics progress record precision"
+    "ema early_stopping metrics progress record precision bench roofline example_calls"
 )
 NEVER = {  # these see arrays, tensors and the board: what they must not reach for
     name: {"functional", "nn", "models", "train"} for name in BESIDE.split()

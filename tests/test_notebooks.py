@@ -46,7 +46,7 @@ def test_runs_and_shows_what_is_committed(path):
     committed, fresh = nbformat.read(path, as_version=4), execute(path)
     for before, now in zip(code_cells(committed), code_cells(fresh), strict=True):
         assert pictures(before) == pictures(now), now.source
-        if not has(now, "measured"):
+        if not has(now, "measured") and not has(now, "exercise"):  # whose error is worded by Python
             assert printed(before) == printed(now), f"run experiments/notebooks/execute.py:\n{now.source}"
     assert exercises_of(fresh) == exercises_of(committed)
 

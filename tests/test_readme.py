@@ -63,7 +63,7 @@ def test_the_commands_take_their_options():
     helps: dict[str, str] = {}
     seen = 0
     for line in lines:
-        found = re.search(r"(experiments/alexnet_cifar\.py|data/prepare\.py|-m nanocnn \w+)(( [^`|&]*)?)$", line)
+        found = re.search(r"(experiments/\w+\.py|data/prepare\.py|-m nanocnn \w+)(( [^`|&]*)?)$", line)
         if not found or line.startswith(("#", "@", "|")):
             continue
         if found[1] not in helps:
