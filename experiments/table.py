@@ -36,6 +36,8 @@ def results(folder):
         except ValueError as error:
             raise TableError(f"{path}: no JSON: {error}") from None
         if isinstance(result, dict) and result.get("kind") == "vs_peers":
+            if result["width"] != 1:
+                raise TableError(f"{path} measured networks of width {result['width']:g}: a table is of the whole ones")
             found.append(result)
     return found
 

@@ -76,7 +76,7 @@ def arguments():
     what.add_argument("--width", type=common.positive, default=1.0, help="scales channels and features")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=common.count, default=threads.cores(), help="of each framework")
-    how.add_argument("--rounds", type=common.count, default=7, help="turns of each")
+    how.add_argument("--rounds", type=common.count, default=5, help="turns of each")
     how.add_argument("--steps", type=common.count, default=3, help="timed steps in a turn, at least")
     how.add_argument(
         "--use", nargs="+", default=[], metavar="CHOICE", help="nanocnn's choices, as in the other scripts"

@@ -75,7 +75,7 @@ def _grad_w(gy, x, gw, stride, padding, dilation, outputs):
                     gw[i, j, c, o] = total
 
 
-@conv2d.variant("loops", auto=False)
+@conv2d.variant("loops", auto=False, before="blocked")
 def conv2d_loops(x, w, stride, padding, dilation, groups, **epilogue):
     """the textbook's seven loops: a pixel and a weight from memory for each multiplication"""
     y = np.empty((*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]), x.dtype)
@@ -84,7 +84,7 @@ def conv2d_loops(x, w, stride, padding, dilation, groups, **epilogue):
     return finish(y, **epilogue)
 
 
-@conv2d_grad_x.variant("loops", auto=False)
+@conv2d_grad_x.variant("loops", auto=False, before="blocked")
 def conv2d_grad_x_loops(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """the same seven loops, in which gy and w meet and add to x's gradient"""
     gx = np.zeros(x_shape, gy.dtype)
@@ -93,7 +93,7 @@ def conv2d_grad_x_loops(gy, w, x_shape, stride, padding, dilation, groups, *, re
     return finish(gx, residual=residual)
 
 
-@conv2d_grad_w.variant("loops", auto=False)
+@conv2d_grad_w.variant("loops", auto=False, before="blocked")
 def conv2d_grad_w_loops(gy, x, w_shape, stride, padding, dilation, groups):
     """the same seven loops, the sum over images and positions innermost"""
     gw = np.empty(w_shape, gy.dtype)

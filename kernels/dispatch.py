@@ -293,16 +293,22 @@ class Primitive:
         device: str = "cpu",
         supports: Callable[..., bool] = plain_floats,
         auto: bool | Callable[..., bool] = True,
+        before: str | None = None,
     ) -> Callable:
-        """Register the next rung. `supports(*args, **kwargs)` says whether it can do this call, `auto` (or
-        `auto(*args, **kwargs)`) whether "fastest" should let it."""
+        """Register the next rung, or with `before` the one before that rung. `supports(*args, **kwargs)` says whether
+        it can do this call, `auto` (or `auto(*args, **kwargs)`) whether "fastest" should let it."""
         if name in self.variants or name in POLICIES:
             raise ChoiceError(f"{self.name} already has a variant {name!r}")
         if name.startswith(UP_TO):
             raise ChoiceError(f"a variant of {self.name} cannot be called {name!r}: {UP_TO} begins a choice")
 
+        if before is not None and before not in list(self.variants)[1:]:
+            raise ChoiceError(f"{self.name} has no rung {before!r} before which {name!r} could stand")
+
         def register(body: Callable) -> Callable:
-            self.variants[name] = Variant(name, body, device, supports, _place_of(body), auto)
+            names = list(self.variants)
+            faster = {n: self.variants.pop(n) for n in (names[names.index(before) :] if before else [])}
+            self.variants |= {name: Variant(name, body, device, supports, _place_of(body), auto), **faster}
             return body
 
         return register

@@ -193,7 +193,7 @@ def _points(results: Sequence[Result], peaks: Peaks, axes: Any) -> None:
         axes.plot(result.intensity, result.gflops, "o", color=RUNG, markersize=7)
         name = f"{result.primitive}={result.variant}" if several else result.variant
         axes.annotate(
-            f"{name}  {result.gflops:,.0f}",
+            f"{name}  {result.gflops:,.{0 if result.gflops >= 10 else 3}f}",
             (result.intensity, result.gflops),
             (result.intensity * (right / left) ** 0.03, bottom * (top / bottom) ** height),
             va="center",

@@ -523,3 +523,18 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_install(monkeypat
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)  # importing it now raises ImportError
     with pytest.raises(DeviceError, match=r"nanocnn\[cuda12\].*nvidia-smi"):
         to_device(x32, "cuda")
+
+
+def test_a_rung_may_be_put_before_another(ladder):
+    ladder.variant("slow", before="quick")(lambda x, n=1: "slow")
+    assert list(ladder.variants) == ["reference", "lesson", "slow", "quick", "wide"]
+    with pytest.raises(ChoiceError, match="no rung 'reference'"):
+        ladder.variant("first", before="reference")
+
+
+def test_whether_a_rung_pays_may_depend_on_the_call(ladder):
+    ladder.variant("large", auto=lambda x, n=1: x.size > 4)(lambda x, n=1: "large")
+    assert ladder(x32) == "quick"
+    assert ladder(np.ones(5, np.float32)) == "large"
+    with using(disp_ladder="large"):
+        assert ladder(x32) == "large"  # asked for by name, it does what it can

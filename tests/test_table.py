@@ -35,7 +35,7 @@ def result(batch: int = 128, **parts) -> dict:
         jax=dict(title="JAX", versions={"jax": "0.10"}),
     )
     machine = dict(processor=dict(name="A processor"))
-    fixed = dict(kind="vs_peers", command="python experiments/vs_peers.py", date="2026-01-02", threads=2)
+    fixed = dict(kind="vs_peers", command="python experiments/vs_peers.py", date="2026-01-02", threads=2, width=1.0)
     return dict(**fixed, batch=batch, machine=machine, peers=peers, **{"networks": [], "layers": [], **parts})
 
 
@@ -105,6 +105,8 @@ def test_runs_with_another_batch_make_one_table(page):
 def test_bad_input_is_named_and_nothing_written(page):
     save(page.parent, "c.json", result(networks=[TRAIN]))
     assert "two result files measured alexnet, train, 128, 2" in table(page).stderr
+    save(page.parent, "c.json", {**result(), "width": 0.125})
+    assert "c.json measured networks of width 0.125" in table(page).stderr
     (page.parent / "c.json").write_text("{")
     assert "c.json: no JSON" in table(page).stderr
     for name in ("a.json", "b.json", "c.json"):

@@ -13,7 +13,7 @@ def environment(setting, threads):
 
 
 class Ops:
-    """The operations of `_networks`, on variables or constants by name. `update` is what a step does to statistics."""
+    """The operations of `_networks`, on variables (training) or constants (inference) by name."""
 
     def __init__(self, tf, weights, dropout, training):
         self.tf, self.weights, self.rate, self.training = tf, weights, dropout, training
