@@ -338,7 +338,10 @@ def _run_grad_w(algorithm, gy, x, w_shape, first):
 # ------------------------------------------------------------------ the variants
 
 
-def _is_3x3(kernel, stride, padding, dilation, groups, strides=((1, 1),)):
+ONE, BOTH = ((1, 1),), ((1, 1), (2, 2))  # strides
+
+
+def _is_3x3(kernel, stride, padding, dilation, groups, strides=ONE):
     return tuple(kernel) == (3, 3) and tuple(stride) in strides and tuple(dilation) == (1, 1) and groups == 1
 
 
@@ -397,7 +400,7 @@ def conv2d_winograd2(x, w, stride, padding, dilation, groups, **epilogue):
 
 @conv2d.variant(
     "winograd4",
-    supports=lambda x, w, *g, **e: _is_3x3(w.shape[:2], *g, strides=((1, 1), (2, 2))) and plain_floats(x, w, **e),
+    supports=lambda x, w, s, p, d, g, **e: _is_3x3(w.shape[:2], s, p, d, g, BOTH) and plain_floats(x, w, **e),
     auto=_forward_pays,
 )
 def conv2d_winograd4(x, w, stride, padding, dilation, groups, **epilogue):
@@ -416,9 +419,7 @@ def conv2d_grad_x_winograd2(gy, w, x_shape, stride, padding, dilation, groups, *
 @conv2d_grad_x.variant(
     "winograd4",
     supports=lambda gy, w, shape, s, p, d, g, **e: (
-        _is_3x3(w.shape[:2], s, p, d, g, ((1, 1), (2, 2)))
-        and (s[0] == 1 or _same_parity(p))
-        and plain_floats(gy, w, **e)
+        _is_3x3(w.shape[:2], s, p, d, g, BOTH) and (s[0] == 1 or _same_parity(p)) and plain_floats(gy, w, **e)
     ),
     auto=_backward_pays,
 )
@@ -440,7 +441,7 @@ def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups):
 
 @conv2d_grad_w.variant(
     "winograd4",
-    supports=lambda gy, x, *g: _is_3x3(g[0][:2], *g[1:], strides=((1, 1), (2, 2))) and plain_floats(gy, x),
+    supports=lambda gy, x, shape, s, p, d, g: _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x),
     auto=_backward_pays,
 )
 def conv2d_grad_w_winograd4(gy, x, w_shape, stride, padding, dilation, groups):

@@ -13,6 +13,7 @@ the gradient of y, G^T [(A^T gy) * (B d)].
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import NamedTuple
 
 from .simd import fma
 
@@ -20,7 +21,15 @@ POINTS = (0, 1, -1, 2, -2)  # small numbers, in pairs of signs: small errors and
 Matrix = tuple[tuple[float, ...], ...]
 
 
-def cook_toom(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
+class Matrices(NamedTuple):
+    """An algorithm: y = A [(G g) * (B d)]."""
+
+    A: Matrix
+    G: Matrix
+    B: Matrix
+
+
+def cook_toom(outputs: int, taps: int) -> Matrices:
     """A (outputs, n), G (n, taps), B (n, n) for the points 0, 1, -1, 2, -2 ... and infinity.
 
     Raises ValueError where the points do not suffice: beyond them, float32 does not either.
@@ -35,7 +44,7 @@ def cook_toom(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     # A sign moves freely between rows of G and B. Here B's rows end in 1, which costs no multiplication in `combine`.
     b = [[*_polynomial(points[:j] + points[j + 1 :]), Fraction(0)] for j in range(finite)]
     b.append(_polynomial(points))
-    return _floats(a), _floats(g), _floats(b)
+    return Matrices(_floats(a), _floats(g), _floats(b))
 
 
 def _others(points: list[Fraction], j: int, p: Fraction) -> Fraction:

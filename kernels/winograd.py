@@ -31,11 +31,51 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .cook_toom import combine, cook_toom, transposed
+from .cook_toom import Matrices, combine, cook_toom, transposed
 from .simd import lanes, load, prefetch, store, unrolled
 from .tile import clip
 
-# ------------------------------------------------------------------ the algorithms: a class each, with its matrices
+# ------------------------------------------------------------------ stride 2 by parity: its matrices
+
+
+def _place(rows, columns, *blocks):
+    """A matrix of zeros with `blocks` placed in it: (matrix, its rows, its columns) each."""
+    out = np.zeros((rows, columns))
+    for block, at_rows, at_columns in blocks:
+        out[np.ix_(at_rows, at_columns)] = block
+    return tuple(map(tuple, out.tolist()))
+
+
+def _by_parity():
+    """(A, G, B) of S4, S4X and S4XEven: planes 0-4 hold F(4, 2) of the two taps, planes 5-8 the tap in the middle."""
+    a, g, b = cook_toom(4, 2)
+    two, one, four = range(5), range(5, 9), np.eye(4)
+    even, odd = range(0, 8, 2), range(1, 8, 2)
+    middle = (np.ones((4, 1)), one, [1])
+    forward, backward = _place(9, 3, (g, two, [0, 2]), middle), _place(9, 3, (g, two, [2, 0]), middle)
+    return (
+        Matrices(
+            _place(4, 9, (a, range(4), two), (four, range(4), one)),
+            forward,
+            _place(9, 9, (b, two, range(0, 9, 2)), (four, one, range(1, 9, 2))),
+        ),
+        Matrices(
+            _place(8, 9, (a, odd, two), (four, even, one)),
+            backward,
+            _place(9, 5, (b, two, range(5)), (four, one, range(4))),
+        ),
+        Matrices(
+            _place(8, 9, (a, even, two), (four, odd, one)),
+            backward,
+            _place(9, 5, (b, two, range(5)), (four, one, range(1, 5))),
+        ),
+    )
+
+
+# ------------------------------------------------------------------ the algorithms: a class each
+#
+# Numba compiles for types. A named tuple's type is its class: an algorithm handed to a kernel is known to it while it
+# is compiled, and its matrices become instructions.
 
 
 class F2(NamedTuple):
@@ -83,32 +123,12 @@ class S4XEven(NamedTuple):
     step: int = 4
 
 
-def _place(rows, columns, *blocks):
-    """A matrix of zeros with `blocks` placed in it: (matrix, its rows, its columns) each."""
-    out = np.zeros((rows, columns))
-    for block, at_rows, at_columns in blocks:
-        out[np.ix_(at_rows, at_columns)] = block
-    return tuple(map(tuple, out.tolist()))
+MATRICES = {F2: cook_toom(2, 3), F4: cook_toom(4, 3), **dict(zip((S4, S4X, S4XEven), _by_parity(), strict=True))}
 
 
-def _by_parity():
-    """The matrices of S4, S4X and S4XEven: planes 0-4 hold F(4, 2) of the two taps, planes 5-8 the middle tap."""
-    a, g, b = cook_toom(4, 2)
-    two, one, four = range(5), range(5, 9), np.eye(4)
-    middle = (np.ones((4, 1)), one, [1])
-    S4.A = _place(4, 9, (a, range(4), two), (four, range(4), one))
-    S4.G = _place(9, 3, (g, two, [0, 2]), middle)
-    S4.B = _place(9, 9, (b, two, range(0, 9, 2)), (four, one, range(1, 9, 2)))
-    S4X.G = S4XEven.G = _place(9, 3, (g, two, [2, 0]), middle)
-    S4X.A = _place(8, 9, (a, range(1, 8, 2), two), (four, range(0, 8, 2), one))
-    S4X.B = _place(9, 5, (b, two, range(5)), (four, one, range(4)))
-    S4XEven.A = _place(8, 9, (a, range(0, 8, 2), two), (four, range(1, 8, 2), one))
-    S4XEven.B = _place(9, 5, (b, two, range(5)), (four, one, range(1, 5)))
+def _of(algorithm) -> Matrices:
+    return MATRICES[type(algorithm)]
 
-
-F2.A, F2.G, F2.B = cook_toom(2, 3)
-F4.A, F4.G, F4.B = cook_toom(4, 3)
-_by_parity()
 
 # ------------------------------------------------------------------ transforms of a tile, a vector of channels each
 #
@@ -119,51 +139,51 @@ _by_parity()
 @unrolled
 def _input_column(algorithm, x, table, column, c, temp, count=None):
     """Pixels of `x` at `table` + c, through B, to a column of `temp`."""
-    n = len(algorithm.B[0])
+    n = len(_of(algorithm).B[0])
     pixels = [load(x, table[row * n + column] + c, count) for row in range(n)]
-    for row, vector in enumerate(combine(algorithm.B, pixels)):
+    for row, vector in enumerate(combine(_of(algorithm).B, pixels)):
         store(temp, (row * n + column) * lanes(x), vector)
 
 
 @unrolled
 def _input_row(algorithm, temp, row, v, i, stride):
     """A row of `temp`, through B, to the planes `v` from element `i` on, `stride` apart."""
-    n = len(algorithm.B[0])
+    n = len(_of(algorithm).B[0])
     numbers = [load(temp, (row * n + k) * lanes(v)) for k in range(n)]
-    for k, vector in enumerate(combine(algorithm.B, numbers)):
-        store(v, i + (row * len(algorithm.B) + k) * stride, vector)
+    for k, vector in enumerate(combine(_of(algorithm).B, numbers)):
+        store(v, i + (row * len(_of(algorithm).B) + k) * stride, vector)
 
 
 @unrolled
 def _grad_column(algorithm, gy, table, column, c, temp, count=None):
     """Pixels of `gy` at `table` + c, through A^T, to a column of `temp`."""
-    n = len(algorithm.A)
+    n = len(_of(algorithm).A)
     pixels = [load(gy, table[row * n + column] + c, count) for row in range(n)]
-    for row, vector in enumerate(combine(transposed(algorithm.A), pixels)):
+    for row, vector in enumerate(combine(transposed(_of(algorithm).A), pixels)):
         store(temp, (row * n + column) * lanes(gy), vector)
 
 
 @unrolled
 def _grad_row(algorithm, temp, row, v, i, stride):
     """A row of `temp`, through A^T, to the planes `v`."""
-    n, planes = len(algorithm.A), len(algorithm.B)
+    n, planes = len(_of(algorithm).A), len(_of(algorithm).B)
     numbers = [load(temp, (row * n + k) * lanes(v)) for k in range(n)]
-    for k, vector in enumerate(combine(transposed(algorithm.A), numbers)):
+    for k, vector in enumerate(combine(transposed(_of(algorithm).A), numbers)):
         store(v, i + (row * planes + k) * stride, vector)
 
 
 @unrolled
 def output_column(algorithm, m, i, stride, column, temp):
     """A column of the planes `m` from element `i` on, through A, to `temp`."""
-    n = len(algorithm.B)
+    n = len(_of(algorithm).B)
     numbers = [load(m, i + (row * n + column) * stride) for row in range(n)]
-    for row, vector in enumerate(combine(algorithm.A, numbers)):
+    for row, vector in enumerate(combine(_of(algorithm).A, numbers)):
         store(temp, (row * n + column) * lanes(m), vector)
 
 
 def _output(algorithm, temp, row):
-    n = len(algorithm.B)
-    return combine(algorithm.A, [load(temp, (row * n + k) * lanes(temp)) for k in range(n)])
+    n = len(_of(algorithm).B)
+    return combine(_of(algorithm).A, [load(temp, (row * n + k) * lanes(temp)) for k in range(n)])
 
 
 @unrolled
@@ -171,7 +191,7 @@ def output_row(algorithm, temp, row, bias, b, floor, y, table, c, count=None):
     """A row of `temp`, through A, plus bias, to the pixels of `y` at `table` + c."""
     add = load(bias, b)
     for k, vector in enumerate(_output(algorithm, temp, row)):
-        store(y, table[row * len(algorithm.A) + k] + c, clip(vector + add, floor), count)
+        store(y, table[row * len(_of(algorithm).A) + k] + c, clip(vector + add, floor), count)
 
 
 @unrolled
@@ -179,7 +199,7 @@ def output_row_plus(algorithm, temp, row, bias, b, floor, residual, others, y, t
     """The same plus the pixels of `residual` at `others` + c."""
     add = load(bias, b)
     for k, vector in enumerate(_output(algorithm, temp, row)):
-        at = row * len(algorithm.A) + k
+        at = row * len(_of(algorithm).A) + k
         vector = vector + add + load(residual, others[at] + c, count)
         store(y, table[at] + c, clip(vector, floor), count)
 
@@ -188,7 +208,7 @@ def output_row_plus(algorithm, temp, row, bias, b, floor, residual, others, y, t
 def weights_column(algorithm, w, i, tap, column, temp, count=None):
     """A column of 3x3 weights from element `i` on, `tap` apart, through G, to `temp`."""
     taps = [load(w, i + (row * 3 + column) * tap, count) for row in range(3)]
-    for row, vector in enumerate(combine(algorithm.G, taps)):
+    for row, vector in enumerate(combine(_of(algorithm).G, taps)):
         store(temp, (row * 3 + column) * lanes(w), vector)
 
 
@@ -196,14 +216,14 @@ def weights_column(algorithm, w, i, tap, column, temp, count=None):
 def weights_row(algorithm, temp, row, u, j, stride):
     """A row of `temp`, through G, to the planes `u` from element `j` on, `stride` apart."""
     numbers = [load(temp, (row * 3 + k) * lanes(u)) for k in range(3)]
-    for k, vector in enumerate(combine(algorithm.G, numbers)):
-        store(u, j + (row * len(algorithm.G) + k) * stride, vector)
+    for k, vector in enumerate(combine(_of(algorithm).G, numbers)):
+        store(u, j + (row * len(_of(algorithm).G) + k) * stride, vector)
 
 
 @unrolled
 def gather_column(algorithm, u, i, stride, column):
     """A column of the planes `u` from element `i` on."""
-    n = len(algorithm.G)
+    n = len(_of(algorithm).G)
     return [load(u, i + (row * n + column) * stride) for row in range(n)]
 
 
@@ -215,17 +235,17 @@ def add_vectors(a, b):
 @unrolled
 def gathered_column(algorithm, vectors, column, temp):
     """A column of planes, through G^T, to `temp`."""
-    n = len(algorithm.G)
-    for row, vector in enumerate(combine(transposed(algorithm.G), list(vectors))):
+    n = len(_of(algorithm).G)
+    for row, vector in enumerate(combine(transposed(_of(algorithm).G), list(vectors))):
         store(temp, (row * n + column) * lanes(temp), vector)
 
 
 @unrolled
 def gathered_row(algorithm, temp, row, w, i, tap, count=None):
     """A row of `temp`, through G^T, to 3x3 weights from element `i` on, `tap` apart."""
-    n = len(algorithm.G)
+    n = len(_of(algorithm).G)
     numbers = [load(temp, (row * n + k) * lanes(w)) for k in range(n)]
-    for k, vector in enumerate(combine(transposed(algorithm.G), numbers)):
+    for k, vector in enumerate(combine(transposed(_of(algorithm).G), numbers)):
         store(w, i + (row * 3 + k) * tap, vector, count)
 
 

@@ -308,7 +308,7 @@ def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
 
 def saved_bytes(y: Tensor) -> int:
     """Bytes that the graph behind `y` keeps for backward, each array counted once."""
-    arrays = {}
+    arrays: dict[int, int] = {}
     for op in _topological_order(y.node) if y.node else ():
         for a in op.saved or ():
             if hasattr(a, "nbytes"):

@@ -17,18 +17,19 @@ CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
 VARIANTS = list(dispatch.primitives["conv2d"].variants)
 
 
-SIZES, GROUPS = st.integers(1, 4), st.integers(1, 3)
+SIZES, GROUPS, FEW = st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
+PADDINGS, DILATIONS = st.integers(0, 2), st.integers(1, 2)
 
 
 @st.composite
 def geometries(
     draw,
     kernels=SIZES,
-    strides=st.integers(1, 3),
-    paddings=st.integers(0, 2),
-    dilations=st.integers(1, 2),
+    strides=FEW,
+    paddings=PADDINGS,
+    dilations=DILATIONS,
     groups=GROUPS,
-    channels=st.integers(1, 3),
+    channels=FEW,
     square=False,
 ):
     """(x, w, b) in float64 and the keywords of conv2d, for a geometry in which at least one window fits.

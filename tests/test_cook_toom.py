@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from nanocnn.kernels import cook_toom as module
-from nanocnn.kernels.conv2d_winograd import F2, F4, S4, S4X, S4XEven
 from nanocnn.kernels.cook_toom import POINTS, combine, cook_toom, transposed
+from nanocnn.kernels.winograd import F2, F4, S4, S4X, S4XEven
+from nanocnn.kernels.winograd import MATRICES as OF
 
 SIZES = [(m, r) for m in range(1, 7) for r in range(1, 7) if 1 <= m + r - 2 <= len(POINTS)]
-ALGORITHMS = (F2, F4, S4, S4X, S4XEven)
 MATRICES = {
     f"{algorithm.__name__}.{name}{turn}": transposed(matrix) if turn else matrix
-    for algorithm in ALGORITHMS
-    for name, matrix in (("A", algorithm.A), ("G", algorithm.G), ("B", algorithm.B))  # type: ignore[attr-defined]
+    for algorithm, matrices in OF.items()
+    for name, matrix in matrices._asdict().items()
     for turn in ("", " transposed")
 }
 
@@ -51,9 +51,9 @@ def test_sizes_without_points_are_refused(outputs, taps):
 
 
 def test_algorithms_say_their_sizes():
-    for algorithm in ALGORITHMS:
+    for algorithm, matrices in OF.items():
         sizes = algorithm()
-        a, b = np.array(algorithm.A), np.array(algorithm.B)  # type: ignore[attr-defined]
+        a, b = np.array(matrices.A), np.array(matrices.B)
         assert (sizes.outputs, sizes.planes) == a.shape
         assert (sizes.planes, sizes.inputs) == b.shape
 
@@ -61,7 +61,7 @@ def test_algorithms_say_their_sizes():
 @pytest.mark.parametrize("algorithm", [F2, F4, S4], ids=lambda a: a.__name__)
 def test_algorithms_in_two_dimensions(algorithm):
     """Each is a 3x3 convolution, of stride 1 or 2, of a square of pixels."""
-    a, g, b = (np.array(m) for m in (algorithm.A, algorithm.G, algorithm.B))
+    a, g, b = (np.array(m) for m in OF[algorithm])
     m, stride = algorithm().outputs, algorithm().step // algorithm().outputs
     rng = np.random.default_rng(3)
     d, w = rng.standard_normal((algorithm().inputs,) * 2), rng.standard_normal((3, 3))
@@ -72,7 +72,7 @@ def test_algorithms_in_two_dimensions(algorithm):
 @pytest.mark.parametrize(("algorithm", "padding"), [(S4X, 1), (S4XEven, 0), (S4XEven, 2)])
 def test_gradient_of_the_image_by_parity(algorithm, padding):
     """Along one axis: gx[2i + k - padding] collects gy[i] w[k]; a tile is 8 pixels from an even one on."""
-    a, g, b = (np.array(m) for m in (algorithm.A, algorithm.G, algorithm.B))
+    a, g, b = (np.array(m) for m in OF[algorithm])
     rng = np.random.default_rng(4)
     gy, w, tile = rng.standard_normal(20), rng.standard_normal(3), 1  # the tile after the first: no border
     gx = np.zeros(50)

@@ -527,7 +527,7 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_install(monkeypat
 
 def test_a_rung_may_be_put_before_another(ladder):
     ladder.variant("slow", before="quick")(lambda x, n=1: "slow")
-    assert list(ladder.variants) == ["reference", "lesson", "slow", "quick", "wide"]
+    assert list(ladder.variants) == ["reference", "lesson", "slow", "quick", "wide", "gpu"]
     with pytest.raises(ChoiceError, match="no rung 'reference'"):
         ladder.variant("first", before="reference")
 
