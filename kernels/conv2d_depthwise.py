@@ -2,22 +2,23 @@
 
 A GEMM has nothing to do here: with K = 9 and one column, im2col writes nine numbers to use each of them once. What
 remains is 9 multiply-adds for a pixel that is read and one that is written, 18 operations for 8 bytes: the speed of
-memory is all there is to win. The channels are the vector axis. Eight outputs of a row make a tile in registers; for
-each tap, one vector of weights meets eight vectors of pixels, so that loads and multiply-adds keep pace. A few rows of
-outputs are made together, a few channels at a time, as many as leave their pixels in the L1 cache: there each pixel is
-read for all its taps, after it came from memory once.
+memory is all there is to win. So every image is read once and written once, and all else happens in the L1 cache.
 
-Which pixel an output meets at a tap is a question to its row and one to its column, so a plan holds two small tables:
--1 where the pixel is outside (zeros are read instead) or where there is none. With that the gradient of the image is
-the same sweep from gy to x, for any stride; columns that meet the same taps share a tile. The gradient of the weights
-keeps nine taps of a vector of channels in registers while the rows pass, and reads x and gy once.
+The channels are the vector axis. A worker takes one vector of channels of a few rows and copies their pixels together,
+with zeros around the image: now neighbours are a vector apart, addresses are constants, borders are no case of their
+own, and no two pixels compete for a cache set, as they do where the number of channels is a power of two. Eight outputs
+of a row are a tile in registers. A row of a 3x3 kernel takes 10 vectors of pixels and 3 of weights for 24 operations;
+any other kernel, stride or dilation takes tap by tap, 8 and 1 for 8.
+
+The gradient of the image is the same sweep from gy to x. With stride s, the pixels of one residue class modulo s meet
+the same taps: s x s sweeps of stride 1. The gradient of the weights keeps the sums of a row of taps in registers while
+the rows of gy pass over the copied pixels.
 
 With several outputs a channel, each channel is repeated as often: the copy costs as much as writing the result.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,153 +31,137 @@ from .conv2d_direct import conv2d_direct  # noqa: F401 (the rung before this one
 from .dispatch import plain_floats
 from .epilogue import finish
 from .im2col import output_shape
-from .memory import contiguous, empty
-from .simd import WIDTH, distance, fma, lanes, load, splat, store, unrolled, zeros
+from .memory import contiguous, empty, scratch
+from .simd import REGISTERS, WIDTH, fma, lanes, load, minimum, splat, store, unrolled, zeros
 from .tile import clip, part
 
-TILE = 8  # outputs; as many multiply-adds as are under way at once (4 cycles, 2 a cycle)
-TAPS = 9  # of the weights' gradient that stay in registers; 3x3, or about a third of 5x5
-ROWS = 8  # outputs' rows made together, at most
-
-# ------------------------------------------------------------------ who meets whom
-
-
-class Plan(NamedTuple):
-    """The geometry of a sweep, as tables. -1 stands for no pixel."""
-
-    rows: np.ndarray  # (OH, KH): the row that output row r meets at tap i
-    tiles: np.ndarray  # (tiles, TILE): the columns of each tile; the last one is repeated where there are fewer
-    columns: np.ndarray  # (tiles, KW, TILE): the column that each of them meets at tap j
-    live: np.ndarray  # (tiles, KW): whether any of them meets one
-    whole: np.ndarray  # (tiles,): whether all of them do, at live taps
+TILE = 8 if REGISTERS == 32 else 4  # outputs; with the pixels that they meet in a row they fit into the registers
+CHAINS = TILE // 2  # sums of the weights' gradient for each tap, which wait for one another otherwise
+VECTORS = 8  # of channels a task takes, at most: long enough stretches of memory
+BUDGET = L1 * 3 // 4  # bytes of the copied pixels
 
 
-@lru_cache(maxsize=256)
-def _meets(outputs, inputs, kernel, stride, padding, dilation, backwards=False):
-    """(outputs, kernel): along one axis, the input that an output meets at each tap; -1 for none.
-
-    `backwards` for the gradient of the image, whose outputs are the image's pixels.
-    """
-    first, tap = np.arange(outputs)[:, None], np.arange(kernel) * dilation
-    if backwards:
-        reach = first + padding - tap
-        index = np.where(reach % stride == 0, reach // stride, -1)
-    else:
-        index = first * stride - padding + tap
-    return np.where((index >= 0) & (index < inputs), index, -1)
+# ------------------------------------------------------------------ a few channels of a few rows, copied together
 
 
-@lru_cache(maxsize=256)
-def _plan(outputs, inputs, kernel, stride, padding, dilation, backwards):
-    """The plan for pairs of sizes."""
-    rows, columns = (
-        _meets(*axis, backwards) for axis in zip(outputs, inputs, kernel, stride, padding, dilation, strict=True)
-    )
-    step = stride[1] if backwards else 1
-    classes = [range(k, outputs[1], step) for k in range(min(step, outputs[1]))]
-    tiles = np.array(
-        [[c[min(k, len(c) - 1)] for k in range(i, i + TILE)] for c in classes for i in range(0, len(c), TILE)]
-    )
-    columns = np.ascontiguousarray(columns[tiles].transpose(0, 2, 1))
-    live = (columns >= 0).any(axis=2)
-    return Plan(rows, tiles, columns, live, ((columns >= 0).all(axis=2) == live).all(axis=1))
+@njit(cache=True)
+def _copy(x, image, top, left, c, work, to, vectors, rows, columns):
+    """`rows` x `columns` pixels from (top, left) on, `vectors` of channels from c on: a plane each; zeros outside."""
+    h, w, channels = x.shape[1], x.shape[2], x.shape[3]
+    n, plane = lanes(x), rows * columns * lanes(x)
+    for i in range(rows):
+        inside = 0 <= top + i < h
+        begin = min(columns, max(0, -left)) if inside else columns
+        end = max(begin, min(columns, w - left))
+        line, at = to + i * columns * n, ((image * h + top + i) * w + left) * channels + c
+        for j in range(columns):
+            if j < begin or j >= end:
+                for v in range(vectors):
+                    store(work, line + v * plane + j * n, 0)
+            elif c + vectors * n <= channels:
+                for v in range(vectors):
+                    store(work, line + v * plane + j * n, load(x, at + j * channels + v * n))
+            else:
+                for v in range(vectors):
+                    store(work, line + v * plane + j * n, load(x, at + j * channels + v * n, channels - c - v * n))
 
 
-def _block(rows, width, reach, stride, itemsize):
-    """(rows of outputs, channels) to make together so that their pixels, `reach` rows a row, stay in L1."""
-    line = width * WIDTH  # bytes of a row of one vector of channels
-    room = L1 * 3 // 4
-    together = max(1, min(ROWS, rows, (room // line - reach) // stride + 1))
-    return together, max(1, room // (line * ((together - 1) * stride + reach))) * (WIDTH // itemsize)
+class Room(NamedTuple):
+    """How much a task takes, so that it fits into the L1 cache."""
+
+    block: int  # rows of outputs
+    rows: int  # rows of pixels
+    columns: int  # columns of pixels; the last tile of a row may read too far
+    vectors: int  # of channels
+
+
+def _room(outputs, kernel, gap, step, channels, itemsize):
+    columns = (-(-outputs[1] // TILE) * TILE - 1) * step[1] + max(0, kernel[1] - 1) * gap[1] + 1
+    reach = max(0, kernel[0] - 1) * gap[0] + 1
+    vectors = -(-channels * itemsize // WIDTH)
+    vectors = max(1, min(vectors, VECTORS, BUDGET // (columns * WIDTH) // (reach + 3 * step[0])))
+    block = max(1, min(outputs[0], (BUDGET // (vectors * columns * WIDTH) - reach) // step[0] + 1))
+    return Room(block, (block - 1) * step[0] + reach, columns, vectors)
+
+
+@njit(cache=True)
+def _task(number, shape, outputs, room, width):
+    """(image, first row of outputs, first channel) of the number-th task: channels, then blocks of rows, then images."""
+    parts = (shape[3] + room.vectors * width - 1) // (room.vectors * width)
+    blocks = (outputs + room.block - 1) // room.block
+    return number // parts // blocks, number // parts % blocks * room.block, number % parts * room.vectors * width
+
+
+def _tasks(shape, outputs, room, width):
+    return shape[0] * -(-outputs // room.block) * -(-shape[3] // (room.vectors * width))
 
 
 # ------------------------------------------------------------------ forward, and the gradient of the image
 
 
 @njit(parallel=True, cache=True)
-def _sweep(plan, x, w, y, bias, floor, residual, has_residual, blank, block, offsets, taps):
-    """Every output, by workers over blocks of rows. `w` is (KH, KW, C), `blank` zeros; the rest is room for tables."""
-    workers = taps.shape[0]
-    blocks = (y.shape[1] + block[0] - 1) // block[0]
-    for worker in prange(workers):
-        share = part(worker, workers, y.shape[0] * blocks)
-        for number in range(share[0], share[1]):
-            image, first = number // blocks, number % blocks * block[0]
-            rows = (first, min(y.shape[1], first + block[0]))
-            _list_taps(plan, x, w, image, rows, distance(x, blank), offsets[worker], taps[worker])
-            for c in range(0, x.shape[3], block[1]):
-                channels = (c, min(x.shape[3], c + block[1]))
-                _sweep_block(
-                    plan, x, w, y, bias, floor, residual, has_residual, image, rows, channels, offsets[worker],
-                    taps[worker],
-                )  # fmt: skip
+def _sweep(
+    x, w, y, bias, floor, residual, has_residual, outputs, step, first, gap, y_first, y_step, room, kind, tasks, work
+):
+    """y[y_first + y_step (i, j)] = epilogue(sum over taps k of x[step (i, j) + first + gap k] w[k]), by workers.
 
-
-@njit(cache=True)
-def _list_taps(plan, x, w, image, rows, outside, offsets, taps):
-    """What each tile of these rows meets: for each tap, where its TILE offsets begin, what to add, which weights.
-
-    Tiles that lie inside the image share their offsets, counted from the image's row: what to add tells the row.
-    Others get offsets of their own, with the zeros at `outside`.
+    `outputs` is the number of (i, j) along each axis.
     """
-    h, width, c = x.shape[1], x.shape[2], x.shape[3]
-    kh, kw, tiles = w.shape[0], w.shape[1], plan.tiles.shape[0]
-    free = 0
-    for t in range(tiles):
-        for j in range(kw):
-            for k in range(TILE):
-                offsets[free + k] = plan.columns[t, j, k] * c
-            free += TILE
-    at = 0
-    for r in range(rows[0], rows[1]):
-        for t in range(tiles):
-            count = at
-            at += 1
-            for i in range(kh):
-                if plan.rows[r, i] < 0:
-                    continue
-                base = (image * h + plan.rows[r, i]) * width * c
-                for j in range(kw):
-                    if not plan.live[t, j]:
-                        continue
-                    shared = (t * kw + j) * TILE
-                    if plan.whole[t]:
-                        taps[at], taps[at + 1] = shared, base
-                    else:
-                        for k in range(TILE):
-                            offset = offsets[shared + k]
-                            offsets[free + k] = base + offset if offset >= 0 else outside
-                        taps[at], taps[at + 1] = free, 0
-                        free += TILE
-                    taps[at + 2] = (i * kw + j) * c
-                    at += 3
-            taps[count] = at
+    workers = work.shape[0]
+    for worker in prange(workers):
+        share = part(worker, workers, tasks)
+        for number in range(share[0], share[1]):
+            _sweep_task(
+                x, w, y, bias, floor, residual, has_residual, outputs, step, first, gap, y_first, y_step, room, kind,
+                _task(number, x.shape, outputs[0], room, lanes(x)), work[worker],
+            )  # fmt: skip
 
 
 @njit(cache=True)
-def _sweep_block(plan, x, w, y, bias, floor, residual, has_residual, image, rows, channels, offsets, taps):
-    n, low, at, c = lanes(x), splat(floor, y), 0, y.shape[3]
-    for r in range(rows[0], rows[1]):
-        base = (image * y.shape[1] + r) * y.shape[2] * c
-        for t in range(plan.tiles.shape[0]):
-            begin, at = at + 1, taps[at]
-            for first in range(channels[0], channels[1], n):
+def _sweep_task(
+    x, w, y, bias, floor, residual, has_residual, outputs, step, first, gap, y_first, y_step, room, kind, task, work
+):
+    image, top, c = task
+    n, channels, kh, kw, columns = lanes(x), y.shape[3], w.shape[0], w.shape[1], room.columns
+    vectors = min(room.vectors, (channels - c + n - 1) // n)
+    _copy(x, image, top * step[0] + first[0], first[1], c, work, 0, vectors, room.rows, columns)
+    plane, weights = room.rows * columns * n, room.vectors * room.rows * columns * n
+    for v in range(vectors):
+        for k in range(kh * kw):
+            store(work, weights + (v * kh * kw + k) * n, load(w, k * channels + c + v * n, channels - c - v * n))
+    low, line, across = splat(floor, y), gap[0] * columns * n, y_step[1] * channels
+    for i in range(top, min(outputs[0], top + room.block)):
+        row = ((image * y.shape[1] + y_first[0] + i * y_step[0]) * y.shape[2] + y_first[1]) * channels + c
+        for j in range(0, outputs[1], TILE):
+            for v in range(vectors):
+                at = v * plane + ((i - top) * step[0] * columns + j * step[1]) * n
+                tap, to, rest = weights + v * kh * kw * n, row + j * across + v * n, channels - c - v * n
                 tile = _start(y)
-                if first + n <= c:
-                    for tap in range(begin, at, 3):
-                        tile = _add_tap(tile, x, offsets, taps[tap], taps[tap + 1] + first, w, taps[tap + 2] + first)
-                    if has_residual:
-                        tile = _add(tile, residual, plan.tiles, t * TILE, c, base + first)
-                    _finish(tile, bias, first, low, y, plan.tiles, t * TILE, c, base + first)
+                if kind == 31:
+                    for k in range(kh):
+                        tile = _add_taps(tile, work, at + k * line, tap + k * 3 * n, 3, 1)
+                elif kind == 32:
+                    for k in range(kh):
+                        tile = _add_taps(tile, work, at + k * line, tap + k * 3 * n, 3, 2)
+                elif kind == 51:
+                    for k in range(kh):
+                        tile = _add_taps(tile, work, at + k * line, tap + k * 5 * n, 5, 1)
+                elif kind == 52:
+                    for k in range(kh):
+                        tile = _add_taps(tile, work, at + k * line, tap + k * 5 * n, 5, 2)
                 else:
-                    rest = c - first
-                    for tap in range(begin, at, 3):
-                        tile = _add_tap(
-                            tile, x, offsets, taps[tap], taps[tap + 1] + first, w, taps[tap + 2] + first, rest
-                        )
+                    for k in range(kh * kw):
+                        pixels = at + k // kw * line + k % kw * gap[1] * n
+                        tile = _add_taps(tile, work, pixels, tap + k * n, 1, step[1])
+                add = load(bias, c + v * n, rest)
+                if rest >= n and j + TILE <= outputs[1]:
                     if has_residual:
-                        tile = _add(tile, residual, plan.tiles, t * TILE, c, base + first, rest)
-                    _finish(tile, bias, first, low, y, plan.tiles, t * TILE, c, base + first, rest)
+                        tile = _add(tile, residual, to, across)
+                    _finish(tile, add, low, y, to, across)
+                else:
+                    if has_residual:
+                        tile = _add_some(tile, residual, to, across, rest, outputs[1] - j)
+                    _finish_some(tile, add, low, y, to, across, rest, outputs[1] - j)
 
 
 @unrolled
@@ -185,129 +170,141 @@ def _start(like):
 
 
 @unrolled
-def _add_tap(tile, x, offsets, k, base, w, weight, count=None):
-    """tile + one vector of weights times the pixels at `offsets` from number k on, all `base` further."""
-    weights = load(w, weight, count)
-    return [fma(load(x, offsets[k + i] + base, count), weights, v) for i, v in enumerate(tile)]
+def _add_taps(tile, work, at, weights, taps, step):
+    """tile + neighbouring taps times the pixels that they meet, those of the next output `step` further."""
+    n = lanes(work)
+    for k in range(taps):
+        weight = load(work, weights + k * n)
+        tile = [fma(load(work, at + (i * step + k) * n), weight, v) for i, v in enumerate(tile)]
+    return tile
 
 
 @unrolled
-def _add(tile, residual, columns, t, c, base, count=None):
-    return [v + load(residual, columns[t + i] * c + base, count) for i, v in enumerate(tile)]
+def _add(tile, residual, at, across):
+    return [v + load(residual, at + i * across) for i, v in enumerate(tile)]
 
 
 @unrolled
-def _finish(tile, bias, first, low, y, columns, t, c, base, count=None):
-    """Plus bias, at least `low`, to the tile's columns of `y`."""
-    add = load(bias, first, count)
+def _finish(tile, add, low, y, at, across):
+    """Plus bias, at least `low`, to memory."""
     for i, v in enumerate(tile):
-        store(y, columns[t + i] * c + base, clip(v + add, low), count)
+        store(y, at + i * across, clip(v + add, low))
 
 
-def _run(plan, x, w, y, stride, bias=None, residual=None, relu=False):
-    """`stride` is that of the rows of x from one row of y to the next: the least that is not less."""
-    if not y.size:
-        return y
-    c, (kh, kw) = x.shape[3], w.shape[:2]
-    block = _block(y.shape[1], x.shape[2], kh, stride, y.itemsize)
-    workers = min(threads.count(), y.shape[0] * -(-y.shape[1] // block[0]))
-    size = block[0] * len(plan.tiles) * kh * kw
-    offsets = np.empty((workers, (size + len(plan.tiles) * kw + 1) * TILE), np.int64)
-    taps = np.empty((workers, 3 * size + block[0] * len(plan.tiles) + TILE), np.int64)
-    blank, floor = np.zeros(c, y.dtype), y.dtype.type(0 if relu else -np.inf)
-    plus = y if residual is None else contiguous(residual)
-    bias = blank if bias is None else contiguous(bias)
-    _sweep(plan, x, w, y, bias, floor, plus, residual is not None, blank, block, offsets, taps)
-    return y
+@unrolled
+def _add_some(tile, residual, at, across, rest, outputs):
+    """_add for the first outputs of a tile, and the first `rest` lanes: no memory beyond them is touched."""
+    n = lanes(residual)
+    return [v + load(residual, at + i * across, minimum(rest, (outputs - i) * n)) for i, v in enumerate(tile)]
+
+
+@unrolled
+def _finish_some(tile, add, low, y, at, across, rest, outputs):
+    """_finish for the first outputs of a tile, and the first `rest` lanes."""
+    for i, v in enumerate(tile):
+        store(y, at + i * across, clip(v + add, low), minimum(rest, (outputs - i) * lanes(y)))
+
+
+def _run(x, w, y, axes, bias=None, residual=None, relu=False):
+    """One sweep; `w` is (KH, KW, C), and `axes` says for rows and columns (step, first, gap, y_first, y_step)."""
+    step, first, gap, y_first, y_step = zip(*axes, strict=True)
+    outputs = tuple(-(-(size - a) // b) for size, a, b in zip(y.shape[1:3], y_first, y_step, strict=True))
+    if not y.size or min(outputs) < 1:
+        return
+    c, (kh, kw), lane = x.shape[3], w.shape[:2], WIDTH // y.itemsize
+    room = _room(outputs, (kh, kw), gap, step, c, y.itemsize)
+    tasks = _tasks(x.shape, outputs[0], room, lane)
+    workers = min(threads.count(), tasks)
+    work = scratch((workers, room.vectors * (room.rows * room.columns + kh * kw) * lane), y.dtype)
+    bias, floor = np.zeros(c, y.dtype) if bias is None else contiguous(bias), y.dtype.type(0 if relu else -np.inf)
+    plus, kind = y if residual is None else contiguous(residual), _kind(kw, gap[1], step[1])
+    _sweep(
+        x, w, y, bias, floor, plus, residual is not None, outputs, step, first, gap, y_first, y_step, room, kind,
+        tasks, work,
+    )  # fmt: skip
+
+
+def _kind(taps, gap, step):
+    """Which code of its own a row of taps has: 10 x taps + stride, or 0 for none."""
+    return 10 * taps + step if gap == 1 and taps in (3, 5) and step in (1, 2) else 0
 
 
 # ------------------------------------------------------------------ the gradient of the weights
 
 
 @njit(parallel=True, cache=True)
-def _gather(rows, columns, inside, step, x, gy, u, blank, block, tables):
-    """Each worker sums its share of the rows of gy into u (workers, taps rounded up, C), which begins as zeros.
-
-    rows (OH, KH) and columns (OW, KW) say who meets whom; columns `inside` of gy meet pixels at all taps, `step` apart.
-    """
-    workers = u.shape[0]
-    blocks = (gy.shape[1] + block[0] - 1) // block[0]
+def _gather(x, gy, u, kernel, step, first, gap, room, kind, tasks, work):
+    """Each worker sums its share of the tasks into u (workers, taps, C), which begins as zeros."""
+    workers = work.shape[0]
     for worker in prange(workers):
-        share = part(worker, workers, gy.shape[0] * blocks)
+        share = part(worker, workers, tasks)
         for number in range(share[0], share[1]):
-            image, first = number // blocks, number % blocks * block[0]
-            several = (first, min(gy.shape[1], first + block[0]))
-            for tap in range(0, u.shape[1], TAPS):
-                _list_pixels(rows, columns, inside, x, image, several, tap, distance(x, blank), tables[worker])
-                for c in range(0, x.shape[3], block[1]):
-                    channels = (c, min(x.shape[3], c + block[1]))
-                    _gather_block(inside, step, x, gy, u[worker], image, several, channels, tap, tables[worker])
+            task = _task(number, x.shape, gy.shape[1], room, lanes(x))
+            _gather_task(x, gy, u[worker], kernel, step, first, gap, room, kind, task, work[worker])
 
 
 @njit(cache=True)
-def _list_pixels(rows, columns, inside, x, image, several, first, outside, table):
-    """Offsets of what gy meets at TAPS taps from number `first` on.
+def _gather_task(x, gy, u, kernel, step, first, gap, room, kind, task, work):
+    image, top, c = task
+    n, columns, across, size = lanes(x), room.columns, gy.shape[3], gy.shape[2]
+    vectors = min(room.vectors, (across - c + n - 1) // n)
+    grads, rows = room.vectors * room.rows * columns * n, min(gy.shape[1] - top, room.block)
+    size = (gy.shape[2] + CHAINS - 1) // CHAINS * CHAINS
+    _copy(x, image, top * step[0] + first[0], first[1], c, work, 0, vectors, room.rows, columns)
+    _copy(gy, image, top, 0, c, work, grads, vectors, rows, size)
+    line = step[0] * columns * n
+    for v in range(vectors):
+        gradient, to, rest = (grads + v * rows * size * n, rows, size), c + v * n, across - c - v * n
+        for i in range(kernel[0]):
+            at = (v * room.rows + i * gap[0]) * columns * n
+            if kind == 31:
+                _keep(_sum_taps(work, gradient, at, line, 3, 1), u, i * 3 * across + to, across, rest)
+            elif kind == 32:
+                _keep(_sum_taps(work, gradient, at, line, 3, 2), u, i * 3 * across + to, across, rest)
+            elif kind == 51:
+                _keep(_sum_taps(work, gradient, at, line, 5, 1), u, i * 5 * across + to, across, rest)
+            elif kind == 52:
+                _keep(_sum_taps(work, gradient, at, line, 5, 2), u, i * 5 * across + to, across, rest)
+            else:
+                for j in range(kernel[1]):
+                    sums = _sum_taps(work, gradient, at + j * gap[1] * n, line, 1, step[1])
+                    _keep(sums, u, (i * kernel[1] + j) * across + to, across, rest)
 
-    For each row: TAPS offsets for all columns inside, as of column 0, then TAPS for each other column. A row at the
-    border, where whole rows of taps are outside, has none inside.
-    """
-    h, width, c, kw = x.shape[1], x.shape[2], x.shape[3], columns.shape[1]
-    last = rows.shape[1] * kw - 1
-    at = 0
-    for r in range(several[0], several[1]):
-        at += 1
-        table[at - 1] = inside[0] if rows[r].min() >= 0 else columns.shape[0]
-        for q in range(columns.shape[0]):
-            if table[at - 1] == inside[0] and inside[0] < q < inside[1]:
-                continue
-            for k in range(first, first + TAPS):
-                i, j = min(k, last) // kw, min(k, last) % kw  # beyond the last tap: anything, nobody reads that sum
-                meets = rows[r, i] >= 0 and columns[q, j] >= 0
-                table[at] = ((image * h + rows[r, i]) * width + columns[q, j]) * c if meets else outside
-                at += 1
 
-
-@njit(cache=True)
-def _gather_block(inside, step, x, gy, u, image, several, channels, tap, table):
-    n, c, across = lanes(x), gy.shape[3], gy.shape[2]
-    for first in range(channels[0], channels[1], n):
-        sums, at = _start_sums(gy), 0
-        for r in range(several[0], several[1]):
-            base, begin = (image * gy.shape[1] + r) * across * c + first, table[at]
-            at += 1
-            for q in range(across):
-                shift = first
-                if begin < q < inside[1]:  # as the column before, a step further
-                    at -= TAPS
-                    shift += (q - begin) * step
-                if first + n <= c:
-                    sums = _add_position(sums, x, table, at, shift, gy, base + q * c)
-                else:
-                    sums = _add_position(sums, x, table, at, shift, gy, base + q * c, c - first)
-                at += TAPS
-        if first + n <= c:
-            _keep(sums, u, tap * c + first, c)
-        else:
-            _keep(sums, u, tap * c + first, c, c - first)
+@njit(inline="always")  # so that the numbers of taps and steps are literals
+def _sum_taps(work, gradient, at, line, taps, step):
+    """The sums of neighbouring taps; `at` is the first pixel, `line` one row of gy further."""
+    n, sums = lanes(work), _start_sums(work, taps)
+    grad, rows, size = gradient
+    for r in range(rows):
+        for j in range(0, size, CHAINS):
+            sums = _add_outputs(sums, work, at + r * line + j * step * n, step, grad + (r * size + j) * n)
+    return sums
 
 
 @unrolled
-def _start_sums(like):
-    return [zeros(like)] * TAPS
+def _start_sums(like, taps):
+    return [[zeros(like)] * taps] * CHAINS
 
 
 @unrolled
-def _add_position(sums, x, table, at, shift, gy, position, count=None):
-    """sums + gy at one position times the pixel that each tap meets there."""
-    grad = load(gy, position, count)
-    return [fma(load(x, table[at + k] + shift, count), grad, v) for k, v in enumerate(sums)]
+def _add_outputs(sums, work, at, step, grad):
+    """sums + gy of CHAINS outputs times the pixels that each tap meets there; each output adds to sums of its own."""
+    n, result = lanes(work), []
+    for i, of_output in enumerate(sums):
+        g = load(work, grad + i * n)
+        result.append([fma(load(work, at + (i * step + k) * n), g, v) for k, v in enumerate(of_output)])
+    return result
 
 
 @unrolled
-def _keep(sums, u, at, c, count=None):
+def _keep(sums, u, to, across, rest):
     """Add the sums of a few rows to those of the rows before: short sums of short sums keep their precision."""
-    for k, v in enumerate(sums):
-        store(u, at + k * c, load(u, at + k * c, count) + v, count)
+    for i in range(len(sums[0])):
+        total = sums[0][i]
+        for chain in sums[1:]:
+            total = total + chain[i]
+        store(u, to + i * across, load(u, to + i * across, rest) + total, rest)
 
 
 # ------------------------------------------------------------------ the variants
@@ -329,10 +326,10 @@ def _depthwise(array, other, channels, groups, **epilogue):
 )
 def conv2d_depthwise(x, w, stride, padding, dilation, groups, **epilogue):
     """a kernel of its own for each channel: eight outputs of a row in registers, at the speed of memory"""
-    n, oh, ow = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
-    y = empty((n, oh, ow, w.shape[3]), x.dtype)
-    plan = _plan((oh, ow), x.shape[1:3], w.shape[:2], tuple(stride), tuple(padding), tuple(dilation), False)
-    return _run(plan, _each_output(x, w.shape[3]), contiguous(w[:, :, 0]), y, stride[0], **epilogue)
+    y = empty((*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]), x.dtype)
+    axes = [(s, -p, d, 0, 1) for s, p, d in zip(stride, padding, dilation, strict=True)]
+    _run(_each_output(x, w.shape[3]), contiguous(w[:, :, 0]), y, axes, **epilogue)
+    return y
 
 
 @conv2d_grad_x.variant(
@@ -341,14 +338,29 @@ def conv2d_depthwise(x, w, stride, padding, dilation, groups, **epilogue):
     auto=lambda gy, w, x_shape, s, p, d, groups, **e: groups > 1,
 )
 def conv2d_grad_x_depthwise(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
-    """the same sweep from gy to x: each pixel gathers what it gave"""
-    o = w.shape[3]
-    gx = empty((*x_shape[:3], o), gy.dtype)
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    plan = _plan(tuple(x_shape[1:3]), gy.shape[1:3], w.shape[:2], *geometry, True)
-    single = o == groups
-    _run(plan, contiguous(gy), contiguous(w[:, :, 0]), gx, 1, residual=residual if single else None)
-    return gx if single else finish(gx.reshape(*x_shape, o // groups).sum(axis=-1), residual=residual)
+    """the same sweep from gy to x, one residue class of pixels modulo the stride at a time"""
+    gy, single = contiguous(gy), w.shape[3] == groups
+    gx = empty((*x_shape[:3], w.shape[3]), gy.dtype)
+    geometry = list(zip(stride, padding, dilation, w.shape[:2], strict=True))
+    for a in range(stride[0]):
+        for b in range(stride[1]):
+            (rows, of_rows), (columns, of_columns) = (
+                _class_of(r, *axis) for r, axis in zip((a, b), geometry, strict=True)
+            )
+            taps = np.ascontiguousarray(w[rows][:, columns, 0])
+            _run(gy, taps, gx, (of_rows, of_columns), residual=residual if single else None)
+    return gx if single else finish(gx.reshape(*x_shape, -1).sum(axis=-1), residual=residual)
+
+
+def _class_of(r, stride, padding, dilation, kernel):
+    """Along one axis, for the pixels r modulo stride: the taps that they meet, and (step, first, gap, r, stride).
+
+    Pixel i stride + r meets tap k of gy[i + (r + padding - k dilation) / stride] where that is whole.
+    """
+    reach = r + padding - np.arange(kernel) * dilation
+    which = np.flatnonzero(reach % stride == 0)[::-1]  # so that gy is met in its order
+    met = reach[which] // stride
+    return which, (1, int(met[0]) if len(met) else 0, int(met[1] - met[0]) if len(met) > 1 else 1, r, stride)
 
 
 @conv2d_grad_w.variant(
@@ -357,20 +369,16 @@ def conv2d_grad_x_depthwise(gy, w, x_shape, stride, padding, dilation, groups, *
     auto=lambda gy, x, w_shape, s, p, d, groups: groups > 1,
 )
 def conv2d_grad_w_depthwise(gy, x, w_shape, stride, padding, dilation, groups):
-    """nine taps of a vector of channels in registers while a row of x and of gy passes"""
+    """a row of taps in registers while the rows of gy pass over the copied pixels"""
     kh, kw, _, o = w_shape
-    rows = gy.shape[0] * gy.shape[1]
-    if not rows or not o:
+    if not gy.size:
         return np.zeros(w_shape, gy.dtype)
-    row_of, column_of = (
-        _meets(*axis) for axis in zip(gy.shape[1:3], x.shape[1:3], (kh, kw), stride, padding, dilation, strict=True)
-    )
-    all_taps = np.flatnonzero((column_of >= 0).all(axis=1))
-    inside = (int(all_taps[0]), int(all_taps[-1]) + 1) if len(all_taps) else (0, 0)
-    block = _block(gy.shape[1], x.shape[2], kh, stride[0], gy.itemsize)
-    workers = min(threads.count(), gy.shape[0] * -(-gy.shape[1] // block[0]))
-    u = np.zeros((workers, -(-kh * kw // TAPS) * TAPS, o), gy.dtype)
-    tables, blank = np.empty((workers, block[0] * (gy.shape[2] * TAPS + 1)), np.int64), np.zeros(o, gy.dtype)
-    x = _each_output(x, o)
-    _gather(row_of, column_of, inside, stride[1] * o, x, contiguous(gy), u, blank, block, tables)
-    return u.sum(axis=0)[: kh * kw].reshape(w_shape)
+    stride, gap, first, lane = tuple(stride), tuple(dilation), (-padding[0], -padding[1]), WIDTH // gy.itemsize
+    room = _room(gy.shape[1:3], (kh, kw), gap, stride, o, gy.itemsize)
+    tasks = _tasks(gy.shape, gy.shape[1], room, lane)
+    workers = min(threads.count(), tasks)
+    places = room.vectors * (room.rows * room.columns + room.block * -(-gy.shape[2] // CHAINS) * CHAINS)
+    u, work = np.zeros((workers, kh * kw, o), gy.dtype), scratch((workers, places * lane), gy.dtype)
+    x, kind = _each_output(x, o), _kind(kw, gap[1], stride[1])
+    _gather(x, contiguous(gy), u, (kh, kw), stride, first, gap, room, kind, tasks, work)
+    return u.sum(axis=0).reshape(w_shape)

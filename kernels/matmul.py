@@ -7,6 +7,9 @@ from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
 from .epilogue import finish
+from .gemm import gemm
+from .memory import empty
+from .tile import ROWS
 
 
 @Primitive
@@ -52,6 +55,28 @@ def _tiled(a, b, c):
                     scale = a[i, k]
                     for j in range(n):
                         row[j] += scale * b[k, j]
+
+
+def _enough_rows(a, b, out=None, **epilogue):
+    """The fixed rule of "fastest": few rows use each number of B so seldom that copying it does not pay."""
+    return a.shape[0] > 2 * ROWS and b.shape[1] > 1 and a.shape[1] > 1
+
+
+@matmul.variant("packed", supports=_two_matrices, auto=_enough_rows)
+def matmul_packed(a, b, out=None, **epilogue):
+    """our own register tile on panels in cache; BLAS's scheme, with vectors as wide as the machine's"""
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"matmul of {a.shape} and {b.shape}: the inner sizes differ")
+    if out is None:
+        out = empty((a.shape[0], b.shape[1]), a.dtype)
+    if not out.size or not a.size:
+        out[...] = 0
+        return finish(out, **epilogue)
+    c = out if out.flags.c_contiguous and out.flags.aligned else empty(out.shape, out.dtype)
+    gemm(a, b, c, **epilogue)
+    if c is not out:
+        out[...] = c
+    return out
 
 
 @matmul.work

@@ -162,7 +162,7 @@ def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def held() -> dict[str, int]:
-    """Bytes: `in_use` by arrays, `idle`, and `peak`, the most that arrays took at once: both together are never more."""
+    """Bytes: `in_use` by arrays, `idle`, and `peak`, the most that was in use at once; both together are never more."""
     with _lock:
         _merge()
         return dict(in_use=_held - _warm.total, idle=_warm.total, peak=_peak)

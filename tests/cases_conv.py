@@ -88,6 +88,11 @@ def matmul(rng, dtype):
         for m, k, n in shapes
     ]
     a, b = rng.standard_normal((6, 7)).astype(dtype), rng.standard_normal((5, 7)).astype(dtype)
+    for m, k, n in [(40, 300, 70), (33, 5, 64)]:  # tails of rows, of the depth and of panels; each operand transposed
+        p, q = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
+        turned = np.ascontiguousarray(p.T).T, np.ascontiguousarray(q.T).T
+        epilogue = {"bias": rng.standard_normal(n).astype(dtype), "relu": True}
+        calls += [((x, y), epilogue) for x in (p, turned[0], p[:, ::-1]) for y in (q, turned[1])]
     return [*calls, ((a, b.T), {}), ((a.T, a), {"out": np.empty((7, 7), dtype)})]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..kernels.memory import empty
 from ..kernels.random import random_bits
 from .datasets import DataError, Split
 
@@ -50,7 +51,7 @@ def load_batch(
 ) -> np.ndarray:
     """Images `samples` (n,) of a split, augmented and normalised: (n, H, W, C). NumPy only, so that any thread may."""
     images = split.images
-    x = np.empty((len(samples), *images.shape[1:]), dtype)
+    x = empty((len(samples), *images.shape[1:]), dtype)
     scale, shift = _per_value(split, dtype)
     if augment is not None:
         # the reference body: the thread that prefetches must start none of Numba's and leave no mark in the profile

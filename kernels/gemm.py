@@ -1,0 +1,143 @@
+"""C = A B with the register tile (Goto & van de Geijn 2008): both operands in panels, blocks of them in cache.
+
+The tile reads a panel of A and a panel of B from end to end, one cache line after the other. So a block of each is
+first copied into panels: a block of B (DEPTH rows, COLUMNS columns) and one of A (ROWS_HELD rows, DEPTH columns) stay in
+L2 while all their tiles pass, and one panel of B, 32 KB, in L1. Copying a number costs little beside the hundreds of
+multiply-adds that use it, and it is where a transposed operand is turned: by squares of vectors, in registers. Without
+it, the rows of a 4096 x 4096 matrix, 16 KB apart, fall into the same few sets of the cache (36 ms in place of 9).
+
+Workers share the columns of B or the rows of A, whichever operand is larger: that one is read once in all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from . import threads
+from .memory import contiguous, scratch
+from .simd import lanes, load, splat, store, transpose, unrolled
+from .tile import (
+    ROWS,
+    finish_tile,
+    load_tile,
+    load_tile_edge,
+    multiply,
+    panel,
+    panel_width,
+    part,
+    row_offsets,
+    store_tile,
+    store_tile_edge,
+    zero_tile,
+)
+
+DEPTH, COLUMNS, ROWS_HELD = 256, 256, 256  # of float32: 256 KB of B and 256 KB of A, in an L2 of 512 KB or more
+
+
+def gemm(a, b, out, bias=None, relu=False):
+    """(M, K) @ (K, N) into `out` (M, N), C-contiguous; plus `bias` (N,), ReLU. Transposed views are as fast as others."""
+    (m, k), n = a.shape, b.shape[1]
+    a, a_row, a_step = _memory(a)
+    b, b_row, b_step = _memory(b)
+    width = panel_width(out.dtype)
+    padded = np.zeros(-(-n // width) * width, out.dtype)
+    if bias is not None:
+        padded[:n] = bias
+    by_columns = n >= m
+    units = -(-n // width) if by_columns else -(-m // ROWS)
+    workers = max(1, min(threads.count(), units))
+    work = scratch((workers, DEPTH * (COLUMNS + ROWS_HELD)), out.dtype)
+    floor = out.dtype.type(0 if relu else -np.inf)
+    _gemm(a, (a_row, a_step), b, (b_row, b_step), out, (m, n, k), padded, floor, by_columns, work)
+    return out
+
+
+def _memory(x):
+    """A matrix as flat memory, with the distances between rows and between columns."""
+    if x.T.flags.c_contiguous and not x.flags.c_contiguous and x.flags.aligned:
+        return x.T.reshape(x.size), 1, x.shape[0]
+    return contiguous(x).reshape(x.size), x.shape[1], 1
+
+
+@njit(parallel=True, cache=True)
+def _gemm(a, a_strides, b, b_strides, c, sizes, bias, floor, by_columns, work):
+    m, n, _ = sizes
+    workers, width = work.shape[0], panel(work)
+    for worker in prange(workers):
+        left, right = part(worker, workers, (n + width - 1) // width) if by_columns else (0, n)
+        top, bottom = (0, m) if by_columns else part(worker, workers, (m + ROWS - 1) // ROWS)
+        if by_columns:
+            left, right = left * width, min(n, right * width)
+        else:
+            top, bottom = top * ROWS, min(m, bottom * ROWS)
+        _share(a, a_strides, b, b_strides, c, sizes, bias, floor, (top, bottom), (left, right), work[worker])
+
+
+@njit(cache=True)
+def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, work):
+    width, low = panel(work), splat(floor, work)
+    depth_of_all, line = sizes[2], sizes[1]
+    of_a = DEPTH * COLUMNS  # where A's block begins in `work`; B's is at the beginning
+    for k0 in range(0, depth_of_all, DEPTH):
+        k = min(DEPTH, depth_of_all - k0)
+        for m0 in range(rows[0], rows[1], ROWS_HELD):
+            m = min(ROWS_HELD, rows[1] - m0)
+            # A's panels are those of its transpose: a column of A is a row of them
+            _pack(a, m0 * a_strides[0] + k0 * a_strides[1], a_strides[1], a_strides[0], k, m, work, of_a)
+            for n0 in range(columns[0], columns[1], COLUMNS):
+                n = min(COLUMNS, columns[1] - n0)
+                _pack(b, k0 * b_strides[0] + n0 * b_strides[1], b_strides[0], b_strides[1], k, n, work, 0)
+                for p in range(0, n, width):
+                    for r in range(0, m, ROWS):
+                        at, to = (m0 + r) * line + n0 + p, row_offsets(m - r, line)
+                        tile = zero_tile(work)
+                        if k0 > 0:
+                            tile = load_tile(c, at, to) if p + width <= n else load_tile_edge(c, at, to, n - p)
+                        tile = multiply(
+                            tile, work, of_a + r // width * DEPTH * width + r % width, row_offsets(m - r, 1), width,
+                            work, p * DEPTH, width, k,
+                        )  # fmt: skip
+                        if k0 + k == depth_of_all:
+                            tile = finish_tile(tile, bias, n0 + p, low)
+                        if p + width <= n:
+                            store_tile(c, at, to, tile)
+                        else:
+                            store_tile_edge(c, at, to, n - p, tile)
+
+
+@njit(cache=True)
+def _pack(x, at, row, step, depth, count, work, to):
+    """The (depth, count) block of x that begins at `at` into panels, DEPTH rows each, padded with zeros.
+
+    Rows of the block lie `row` apart, columns `step`; one of them is 1.
+    """
+    n, width = lanes(work), panel(work)
+    if step == 1:
+        for k in range(depth):
+            for i in range(0, count, n):
+                place = to + i // width * DEPTH * width + k * width + i % width
+                if i + n <= count:
+                    store(work, place, load(x, at + k * row + i))
+                else:
+                    store(work, place, load(x, at + k * row + i, count - i))
+            for i in range((count + n - 1) // n * n, (count + width - 1) // width * width, n):
+                store(work, to + i // width * DEPTH * width + k * width + i % width, splat(0.0, work))
+        return
+    for i in range(0, (count + width - 1) // width * width, n):
+        for k in range(0, depth, n):
+            place = to + i // width * DEPTH * width + k * width + i % width
+            if i + n <= count and k + n <= depth:
+                _swap_square(x, at + k + i * step, step, work, place, width)
+            else:
+                for r in range(min(n, depth - k)):
+                    for s in range(n):
+                        inside = i + s < count
+                        work[place + r * width + s] = x[at + k + r + (i + s) * step] if inside else work.dtype.type(0)
+
+
+@unrolled
+def _swap_square(x, i, stride, y, j, to):
+    """A square of x, transposed, into y."""
+    for k, row in enumerate(transpose([load(x, i + k * stride) for k in range(lanes(x))])):
+        store(y, j + k * to, row)
