@@ -1,8 +1,8 @@
 """C = A B with the register tile (Goto & van de Geijn 2008): both operands in panels, blocks of them in cache.
 
 The tile reads a panel of A and a panel of B from end to end, one cache line after the other. So a block of each is
-first copied into panels: a block of B (DEPTH rows, COLUMNS columns) and one of A (ROWS_HELD rows, DEPTH columns) stay in
-L2 while all their tiles pass, and one panel of B, 32 KB, in L1. Copying a number costs little beside the hundreds of
+first copied into panels: a block of B (DEPTH rows, COLUMNS columns) and one of A (ROWS_HELD rows, DEPTH columns) stay
+in L2 while all their tiles pass, and one panel of B, 32 KB, in L1. Copying a number costs little beside the hundreds of
 multiply-adds that use it, and it is where a transposed operand is turned: by squares of vectors, in registers. Without
 it, the rows of a 4096 x 4096 matrix, 16 KB apart, fall into the same few sets of the cache (36 ms in place of 9).
 
@@ -36,7 +36,7 @@ DEPTH, COLUMNS, ROWS_HELD = 256, 256, 256  # of float32: 256 KB of B and 256 KB 
 
 
 def gemm(a, b, out, bias=None, relu=False):
-    """(M, K) @ (K, N) into `out` (M, N), C-contiguous; plus `bias` (N,), ReLU. Transposed views are as fast as others."""
+    """(M, K) @ (K, N) into `out` (M, N), C-contiguous; plus `bias` (N,); ReLU. Transposed views are fast, too."""
     (m, k), n = a.shape, b.shape[1]
     a, a_row, a_step = _memory(a)
     b, b_row, b_step = _memory(b)

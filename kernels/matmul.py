@@ -39,14 +39,14 @@ def matmul_tiled(a, b, out=None, **epilogue):
     return finish(out, **epilogue)
 
 
-ROWS, INNER = 8, 128  # 128 rows of B at 256 columns are 128 KB: they stay in L2 while 8 rows of C pass
+BLOCK, INNER = 8, 128  # 128 rows of B at 256 columns are 128 KB: they stay in L2 while 8 rows of C pass
 
 
 @njit(parallel=True, cache=True, fastmath=True)
 def _tiled(a, b, c):
     m, n = c.shape
-    for block in prange((m + ROWS - 1) // ROWS):
-        first, last = block * ROWS, min(m, (block + 1) * ROWS)
+    for block in prange((m + BLOCK - 1) // BLOCK):
+        first, last = block * BLOCK, min(m, (block + 1) * BLOCK)
         c[first:last] = 0
         for k0 in range(0, a.shape[1], INNER):
             for i in range(first, last):
