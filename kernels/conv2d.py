@@ -14,7 +14,7 @@ from .elementwise import as_rows
 from .epilogue import finish
 from .im2col import col2im, col2im_into, im2col, im2col_into, output_shape
 from .matmul import matmul
-from .memory import empty, scratch
+from .memory import empty
 
 # ------------------------------------------------------------------ the reference: im2col, GEMM, col2im
 
@@ -87,7 +87,7 @@ def conv2d_blocked(x, w, stride, padding, dilation, groups, **epilogue):
     y = empty((n, oh, ow, w.shape[3]), x.dtype)
     w = as_rows(w)
     for block in _blocks(n, oh * ow, width, x.itemsize):
-        cols = scratch(((block.stop - block.start) * oh * ow, width), x.dtype)
+        cols = empty(((block.stop - block.start) * oh * ow, width), x.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
         matmul(cols, w, out=y[block].reshape(len(cols), w.shape[1]))
     return finish(y, **epilogue)
@@ -101,7 +101,7 @@ def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups, *, 
     gx = empty(x_shape, gy.dtype)
     gy, w = np.ascontiguousarray(gy), as_rows(w)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
-        cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
+        cols = empty(((block.stop - block.start) * oh * ow, width), gy.dtype)
         matmul(gy[block].reshape(len(cols), o), w.T, out=cols)
         col2im_into(gx[block], cols, kernel, stride, padding, dilation)
     return finish(gx, residual=residual)
@@ -115,7 +115,7 @@ def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups):
     gy = np.ascontiguousarray(gy)
     gw, of_block = np.zeros((width, o), gy.dtype), np.empty((width, o), gy.dtype)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
-        cols = scratch(((block.stop - block.start) * oh * ow, width), gy.dtype)
+        cols = empty(((block.stop - block.start) * oh * ow, width), gy.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
         gw += matmul(cols.T, as_rows(gy[block]), out=of_block)
     return gw.reshape(w_shape)

@@ -174,11 +174,11 @@ def _forward_share(algorithm, x, u, y, bias, floor, residual, has_residual, firs
     image, out = (x.shape[1], x.shape[2], x.shape[3]), (y.shape[1], y.shape[2], y.shape[3])
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
-        _pixels_of(coming, begin, across, algorithm.inputs, algorithm.step, first, image, zeros)
+        _pixels_of(coming, begin, across, algorithm.inputs, algorithm.advance, first, image, zeros)
         for t in range(count):
             table, coming = coming, table
             following = begin + min(t + 1, count - 1)
-            _pixels_of(coming, following, across, algorithm.inputs, algorithm.step, first, image, zeros)
+            _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros)
             for i in range(0, c, n):
                 fetch(algorithm, x, coming, i)
                 input_to_planes(algorithm, x, table, i, c - i, temp, work, v + t * depth + i, v_stride)
@@ -277,11 +277,11 @@ def _grad_w_share(algorithm, x, gy, u, at, first, across, share, panels, block, 
     image, out = (x.shape[1], x.shape[2], x.shape[3]), (gy.shape[1], gy.shape[2], gy.shape[3])
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
-        _pixels_of(coming, begin, across, algorithm.inputs, algorithm.step, first, image, zeros_x)
+        _pixels_of(coming, begin, across, algorithm.inputs, algorithm.advance, first, image, zeros_x)
         for t in range(count):
             table, coming = coming, table
             following = begin + min(t + 1, count - 1)
-            _pixels_of(coming, following, across, algorithm.inputs, algorithm.step, first, image, zeros_x)
+            _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros_x)
             for i in range(0, c, n):
                 fetch(algorithm, x, coming, i)
                 input_to_planes(algorithm, x, table, i, c - i, temp, work, v + t * depth + i, v_stride)

@@ -84,7 +84,7 @@ class F2(NamedTuple):
     inputs: int = 4  # pixels of the input that a tile reads, along each axis
     planes: int = 4
     outputs: int = 2  # pixels of the output that it writes
-    step: int = 2  # pixels of the input from one tile to the next
+    advance: int = 2  # pixels of the input from one tile to the next
 
 
 class F4(NamedTuple):
@@ -93,7 +93,7 @@ class F4(NamedTuple):
     inputs: int = 6
     planes: int = 6
     outputs: int = 4
-    step: int = 4
+    advance: int = 4
 
 
 class S4(NamedTuple):
@@ -102,7 +102,7 @@ class S4(NamedTuple):
     inputs: int = 9
     planes: int = 9
     outputs: int = 4
-    step: int = 8
+    advance: int = 8
 
 
 class S4X(NamedTuple):
@@ -111,7 +111,7 @@ class S4X(NamedTuple):
     inputs: int = 5
     planes: int = 9
     outputs: int = 8
-    step: int = 4
+    advance: int = 4
 
 
 class S4XEven(NamedTuple):
@@ -120,7 +120,7 @@ class S4XEven(NamedTuple):
     inputs: int = 5
     planes: int = 9
     outputs: int = 8
-    step: int = 4
+    advance: int = 4
 
 
 MATRICES = {F2: cook_toom(2, 3), F4: cook_toom(4, 3), **dict(zip((S4, S4X, S4XEven), _by_parity(), strict=True))}
@@ -254,7 +254,7 @@ def fetch(algorithm, x, table, c):
     """Ask for the pixels that the next tile does not share with this one: the hardware foresees rows, not tiles."""
     tile = type(algorithm)()
     for k in range(tile.inputs**2):
-        if k % tile.inputs >= tile.inputs - tile.step:
+        if k % tile.inputs >= tile.inputs - tile.advance:
             prefetch(x, table[k] + c)
 
 

@@ -196,7 +196,7 @@ def test_a_reader_that_goes_away_costs_no_figures(tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "options", "message"),
     [
-        (0, ["--use", "conv2d=fastestt"], "conv2d has no choice 'fastestt'; there are: reference, blocked"),
+        (0, ["--use", "conv2d=fastestt"], "conv2d has no choice 'fastestt'; there are: reference, loops, blocked"),
         (0, ["--use", "speed=on"], "unknown primitive or switch 'speed'"),
         (0, ["--epochs", "0"], "expected a positive integer, got '0'"),
         (0, ["--val", "0", "--patience", "3"], "--patience"),

@@ -62,7 +62,7 @@ def test_algorithms_say_their_sizes():
 def test_algorithms_in_two_dimensions(algorithm):
     """Each is a 3x3 convolution, of stride 1 or 2, of a square of pixels."""
     a, g, b = (np.array(m) for m in OF[algorithm])
-    m, stride = algorithm().outputs, algorithm().step // algorithm().outputs
+    m, stride = algorithm().outputs, algorithm().advance // algorithm().outputs
     rng = np.random.default_rng(3)
     d, w = rng.standard_normal((algorithm().inputs,) * 2), rng.standard_normal((3, 3))
     expected = [[np.sum(d[i : i + 3, j : j + 3] * w) for j in np.arange(m) * stride] for i in np.arange(m) * stride]

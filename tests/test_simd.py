@@ -565,7 +565,17 @@ def test_narrower_machines(target, tmp_path):
         EXPECTED_WIDTH=str(bytes_),
     )
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("simd", "tile")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not second_process and not narrower", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not second_process and not narrower",
+        *files,
+    ]
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stdout
 
