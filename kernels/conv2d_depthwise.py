@@ -6,8 +6,8 @@ memory is all there is to win. Images are read and written in the order in which
 axis, and a pixel comes from memory once, then from cache for the other taps.
 
 Eight outputs of a row are a tile in registers. One row of a 3x3 kernel takes 10 vectors of pixels and 3 of weights for
-24 multiply-adds; kernels of other widths, and dilation, take tap by tap, 8 and 1 for 8. Which pixel an output meets is a
-question to its row and one to its column. A plan holds both answers in small tables, -1 for a pixel outside, in whose
+24 multiply-adds; kernels of other widths, and dilation, take tap by tap, 8 and 1 for 8. Which pixel an output meets is
+a question to its row and one to its column. A plan holds both answers in small tables, -1 for a pixel outside, in whose
 place zeros are read. So borders cost nothing to speak of, and the gradient of the image is the same sweep from gy to x:
 at stride s, columns that are s apart meet the same taps and share a tile. The gradient of the weights goes through the
 same tiles with the roles exchanged: pixels times gy, added to the taps' sums.
@@ -68,7 +68,7 @@ def _meets(outputs, inputs, kernel, stride, padding, dilation, backwards=False):
 
 @lru_cache(maxsize=256)
 def _plan(outputs, inputs, kernel, stride, padding, dilation, backwards=False):
-    """The plan for pairs (rows, columns). Backwards at stride 1, it is the plan for the kernel turned by 180 degrees."""
+    """The plan for pairs (rows, columns); backwards at stride 1, that for the kernel turned by 180 degrees."""
     if backwards and stride == (1, 1):
         padding = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
         backwards = False
@@ -324,7 +324,7 @@ def _load_some_grads(gy, at, across, rest, outputs):
 
 @unrolled
 def _add_to_taps(grads, x, offsets, k, base, u, weight, c, taps, step, count=None):
-    """Add to neighbouring taps the pixels that they meet times gy, in two sums each, which do not wait for each other."""
+    """Add to neighbouring taps the pixels that they meet times gy, in two sums each, which need not wait."""
     for t in range(taps):
         sums = [load(u, weight + t * c, count), zeros(u)]
         for i, grad in enumerate(grads):
