@@ -33,7 +33,7 @@ def test_alexnet_overfits_64_images(batch_norm):
     loader = Loader(data.train, 64, shuffle=False)
     model = alexnet_cifar(width=0.25, dropout=0.0, batch_norm=batch_norm)
     optimizer, averager = setup(model, lr=0.03)
-    for _ in range(120):
+    for _ in range(240):
         for batch in loader.epoch(0):
             result = train_step(model, batch, optimizer, 0.03, averager)
         if result.correct == 64 and result.loss < 64 * 0.05:
