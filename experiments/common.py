@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,18 +233,22 @@ class RunExists(RuntimeError):
 # ------------------------------------------------------------------ compilation
 
 
+ENOUGH_IMAGES = 32  # of a rehearsal: with more, hardly a layer chooses another variant
+
+
 def compile_kernels(
     args: argparse.Namespace, make_model: Callable[..., nc.nn.Module], data: DataSet, comm: Comm
 ) -> None:
     """Let one rank of each host take a step: what Numba compiles, the others find on disk.
 
     Four ranks that compile the same kernels on two cores at once take four times as long, and say nothing meanwhile.
-    The step has the real sizes, since it is by them that the fastest variants are chosen. With `--use tuned` all ranks
-    get rank 0's choices.
+    The layers have their real sizes, since it is by them that the fastest variants are chosen. With `--use tuned` the
+    batch has too, and all ranks get rank 0's choices.
     """
     if comm.local_rank == 0:
         model = make_model(width=args.width)
-        images = min(len(data.train), max(2, args.batch_size // comm.size))
+        tuning = "tuned" in choices_in_force().values()
+        images = min(len(data.train), max(2, args.batch_size // comm.size), sys.maxsize if tuning else ENOUGH_IMAGES)
         batch = next(Loader(data.train, images, augment=make_augment(args, data), prefetch=0).epoch(0))
         with _Impatience(args, model, batch):
             _rehearse(args, model, batch)
@@ -293,8 +296,6 @@ class _Impatience:
 
 
 def _help(args: argparse.Namespace, model: nc.nn.Module, batch: Batch, choices: dict[str, str]) -> None:
-    few = slice(0, HELPERS_IMAGES)
-    batch = replace(batch, x=batch.x[few], y=batch.y[few], index=batch.index[few])
     forward = [name for name in primitives if "grad" not in name and "update" not in name]
     apply = Op.apply.__func__  # type: ignore[attr-defined]
 
@@ -308,9 +309,6 @@ def _help(args: argparse.Namespace, model: nc.nn.Module, batch: Batch, choices: 
     policy = choices.pop("policy")
     with nc.using(policy, **{**choices, **dict.fromkeys(forward, "reference")}):
         _rehearse(args, model, batch)
-
-
-HELPERS_IMAGES = 32  # enough to choose the variants that a whole batch chooses, few enough for the textbook's kernels
 
 
 # ------------------------------------------------------------------ errors

@@ -134,7 +134,14 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     try:
         start = home.pop()
     except IndexError:
-        start = _find(size)
+        # Nobody waits for the lock. Its holder may be this very thread, interrupted by the garbage collector, or one in
+        # which that closes a generator that waits for this thread: neither would ever let go.
+        if not _lock.acquire(blocking=False):
+            return np.empty(shape, dtype)
+        try:
+            start = _find(size)
+        finally:
+            _lock.release()
     return np.asarray(_Loan(start, home, shape, dtype))
 
 
@@ -175,6 +182,9 @@ def trim(keep: int = 0) -> None:
         _cool(keep)
 
 
+# ------------------------------------------------------------------ with the lock held
+
+
 def _find(size: int) -> int:
     """The first address of `size` bytes that are nobody's: of idle memory where it can be, else of fresh memory.
 
@@ -182,23 +192,19 @@ def _find(size: int) -> int:
     once took at the same time. After a step or two the pieces fit, and nothing is fresh any more.
     """
     global _held, _peak
-    with _lock:
-        _merge()
-        start = _warm.take(size)
+    _merge()
+    start = _warm.take(size)
+    if start is None:
+        used = _held - _warm.total + size
+        _peak = max(_peak, used)
+        _cool(min(_peak - used, _most_idle()))
+        start = _cold.take(size)
         if start is None:
-            used = _held - _warm.total + size
-            _peak = max(_peak, used)
-            _cool(min(_peak - used, _most_idle()))
-            start = _cold.take(size)
-            if start is None:
-                start, room = _new_region(size)
-                if room > size:
-                    _cold.give(start + size, room - size)
-            _held += size
-        return start
-
-
-# ------------------------------------------------------------------ with the lock held
+            start, room = _new_region(size)
+            if room > size:
+                _cold.give(start + size, room - size)
+        _held += size
+    return start
 
 
 def _merge() -> None:

@@ -55,7 +55,7 @@ def sample(ms, seed=0, ratio=1.0, accuracy=0.5, memory=10):
 
 def run(*words):
     command = [sys.executable, str(ROOT / "experiments" / "ablate.py"), *map(str, words)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
 
 
 def test_a_quick_run_leaves_a_table_files_and_a_picture(tmp_path):
