@@ -354,7 +354,7 @@ def conv2d_depthwise(x, w, stride, padding, dilation, groups, **epilogue):
     n, oh, ow = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
     y = empty((n, oh, ow, w.shape[3]), x.dtype)
     plan = _plan((oh, ow), x.shape[1:3], w.shape[:2], tuple(stride), tuple(padding), tuple(dilation))
-    _run(plan, _each_output(x, w.shape[3]), contiguous(w[:, :, 0]), y, **epilogue)
+    _run(plan, _each_output(x, w.shape[3]), contiguous(contiguous(w)[:, :, 0]), y, **epilogue)
     return y
 
 

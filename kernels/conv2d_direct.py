@@ -19,6 +19,7 @@ from numba import njit, prange
 
 from . import threads
 from .caches import L2
+from .constant import derived, is_constant
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x, is_pointwise
 from .epilogue import finish
 from .im2col import output_shape
@@ -44,7 +45,8 @@ from .tile import (
 
 FEW_CHANNELS = 16  # below it, columns are written: 16 floats of a pixel are a cache line
 BLOCK = 128  # positions whose pixels and gradients stay in L1 and L2 while all tiles of weights pass
-FEW_ROWS = 4 * ROWS  # below it, weights are read where they lie: packing them costs as much as using them
+FEW_ROWS = 4 * ROWS  # below it, weights are read where they lie: packing them costs as much as using them;
+# and below it for each worker, the weights are what there is to read: workers share panels of them, not positions
 
 
 @unrolled
@@ -99,27 +101,29 @@ def _gather(x, table, runs, taps, first, c, columns, at):
 
 @njit(parallel=True, cache=True)
 def _convolve(
-    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, block, work,
-    tables,
+    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, by_panels, block,
+    work, tables,
 ):  # fmt: skip
-    """y[y_first + y_step (i, j)] = epilogue(sum over taps of x[step (i, j) + tap] w[tap]), by workers over positions.
+    """y[y_first + y_step (i, j)] = epilogue(sum over taps of x[step (i, j) + tap] w[tap]).
 
-    `w` is flat: (groups, depth, O) as it lies, or its panels.
+    Workers share the positions, or the panels. `w` is flat: (groups, depth, O) as it lies, or its panels.
     """
     rows = (y.shape[1] - y_first[0] + y_step[0] - 1) // y_step[0]
     columns = (y.shape[2] - y_first[1] + y_step[1] - 1) // y_step[1]
-    workers = work.shape[0]
+    workers, positions = work.shape[0], y.shape[0] * rows * columns
+    panels = (y.shape[3] // groups + panel(y) - 1) // panel(y)
     for worker in prange(workers):
         _convolve_share(
             x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step,
-            (rows, columns), part(worker, workers, y.shape[0] * rows * columns), block, work[worker], tables[worker],
+            (rows, columns), (0, positions) if by_panels else part(worker, workers, positions),
+            part(worker, workers, panels) if by_panels else (0, panels), block, work[worker], tables[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _convolve_share(
     x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, across, share,
-    block, work, table,
+    of_worker, block, work, table,
 ):  # fmt: skip
     number = taps[0].size * taps[1].size
     channels, o = depth // max(1, number), y.shape[3] // groups
@@ -144,7 +148,7 @@ def _convolve_share(
                 for r in range(count):
                     table[r] = columns + r * depth
                 a, begin, each, c = work, 0, 1, depth
-            for p in range(panels):
+            for p in range(of_worker[0], of_worker[1]):
                 wide = width if packed else o
                 b = (group * panels + p) * depth * width if packed else p * width
                 y_at, many = group * o + p * width, min(width, o - p * width)
@@ -172,15 +176,17 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     if rows <= 0 or not y.size:
         return
     groups, depth = w.shape[:2]
-    packed = rows > FEW_ROWS or o % width != 0 or groups > 1
+    packed = rows > FEW_ROWS or o % width != 0 or groups > 1 or is_constant(w)
     if packed:
-        w = panels_of(w)
+        w = derived(w, "panels", lambda: panels_of(w))
     padded = np.zeros(y.shape[3] + width, y.dtype)
     if bias is not None:
         padded[: y.shape[3]] = bias
-    workers = max(1, min(threads.count(), rows // ROWS))
+    by_panels = rows < threads.count() * FEW_ROWS and -(-o // width) >= 2 * threads.count()
+    workers = threads.count() if by_panels else max(1, min(threads.count(), rows // ROWS))
     reach = max(1, number * x.shape[3]) * y.itemsize  # what a position reads, at most
-    block = max(2 * ROWS, min(512, L2 // 4 // reach // ROWS * ROWS, -(-rows // workers // ROWS) * ROWS))
+    mine = rows if by_panels else -(-rows // workers)
+    block = max(2 * ROWS, min(512, L2 // 4 // reach // ROWS * ROWS, -(-mine // ROWS) * ROWS))
     few = x.shape[3] // groups < FEW_CHANNELS
     size = x.shape[3] + width + block * number * FEW_CHANNELS * few
     work = scratch((workers, size), y.dtype)
@@ -189,7 +195,7 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     plus = y if residual is None else contiguous(residual)
     _convolve(
         x, w.reshape(w.size), groups, depth, packed, y, padded, floor, plus, residual is not None, taps, step, y_first,
-        y_step, block, work, tables,
+        y_step, by_panels, block, work, tables,
     )  # fmt: skip
 
 
@@ -211,7 +217,8 @@ def conv2d_direct(x, w, stride, padding, dilation, groups, **epilogue):
     """our own micro-kernel reads each tap's pixels where they lie: no columns"""
     y = empty((*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]), x.dtype)
     taps = tuple(np.arange(k) * d - p for k, d, p in zip(w.shape[:2], dilation, padding, strict=True))
-    _run(contiguous(x), _by_groups(w, groups), y, taps, tuple(stride), (0, 0), (1, 1), **epilogue)
+    by_groups = derived(w, ("by groups", groups), lambda: _by_groups(w, groups))
+    _run(contiguous(x), by_groups, y, taps, tuple(stride), (0, 0), (1, 1), **epilogue)
     return y
 
 

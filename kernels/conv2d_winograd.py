@@ -13,6 +13,7 @@ from numba import njit, prange
 
 from . import threads
 from .caches import L3
+from .constant import derived, is_constant
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .dispatch import plain_floats
 from .im2col import output_shape
@@ -75,6 +76,7 @@ def _pixels_of(table, tile, across, size, step, first, shape, outside):
 
 
 BLOCK = 64  # tiles that a worker takes through all steps: the weights' planes are read once for each block
+MOST_TILES = 256  # whose planes a worker keeps beside those of a panel of weights
 MOST_SUMS = 1 << 30  # bytes of the workers' own sums of weights' gradients, on a machine of many cores
 LINE = 16  # a cache line between planes: strides of a power of two would share a few cache sets
 
@@ -85,26 +87,36 @@ LINE = 16  # a cache line between planes: strides of a power of two would share 
 @njit(parallel=True, cache=True)
 def _transform_weights(algorithm, w, u):
     """(3, 3, C, O) -> planes of panels of (C, PANEL), flat, with a line between planes."""
-    c, o = w.shape[2], w.shape[3]
-    width = panel(w)
-    panels = (o + width - 1) // width
-    stride = panels * c * width + LINE
-    for i in prange(c):
-        _transform_weights_of(algorithm, w, u, i, stride)
+    channels = w.shape[2]
+    panels = (w.shape[3] + panel(w) - 1) // panel(w)
+    for i in prange(channels):
+        _transform_weights_of(algorithm, w, (i, i + 1), (0, panels), u)
 
 
 @njit(cache=True)
-def _transform_weights_of(algorithm, w, u, i, stride):
+def _transform_weights_of(algorithm, w, channels, panels, u):
+    """Those of some input channels and of some panels; `u` begins with the first of these panels."""
     c, o = w.shape[2], w.shape[3]
     width, n, temp = panel(w), lanes(w), np.empty(TEMP, w.dtype)
-    for first in range(0, (o + width - 1) // width * width, n):
-        for column in range(3):
-            if first + n <= o:
-                weights_column(algorithm, w, i * o + first, c * o, column, temp)
-            else:
-                weights_column(algorithm, w, i * o + min(first, o), c * o, column, temp, max(0, o - first))
-        for row in range(algorithm.planes):
-            weights_row(algorithm, temp, row, u, (first // width * c + i) * width + first % width, stride)
+    stride = (panels[1] - panels[0]) * c * width + LINE
+    for i in range(channels[0], channels[1]):
+        for first in range(panels[0] * width, panels[1] * width, n):
+            for column in range(3):
+                if first + n <= o:
+                    weights_column(algorithm, w, i * o + first, c * o, column, temp)
+                else:
+                    weights_column(algorithm, w, i * o + min(first, o), c * o, column, temp, max(0, o - first))
+            at = ((first // width - panels[0]) * c + i) * width + first % width
+            for row in range(algorithm.planes):
+                weights_row(algorithm, temp, row, u, at, stride)
+
+
+def _planes_of(algorithm, w):
+    """All weights transformed: (1, planes of panels of (C, PANEL))."""
+    width = panel_width(w.dtype)
+    u = empty((1, algorithm.planes**2 * (-(-w.shape[3] // width) * w.shape[2] * width + LINE)), w.dtype)
+    _transform_weights(algorithm, contiguous(w), u[0])
+    return u
 
 
 @njit(parallel=True, cache=True)
@@ -138,8 +150,11 @@ def _gather_weights_of(algorithm, u, gw, i):
 
 
 @njit(parallel=True, cache=True)
-def _forward(algorithm, x, u, y, bias, floor, residual, has_residual, first, block, by_panels, work):
-    """Each worker takes its share of the tiles, or of the panels, through all steps."""
+def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, work):
+    """Each worker takes its share of the tiles, or of the panels, through all steps.
+
+    `u` holds the planes of all weights, or, with `own`, room for each worker to transform those of a panel.
+    """
     workers = work.shape[0]
     rows = (y.shape[1] + algorithm.outputs - 1) // algorithm.outputs
     columns = (y.shape[2] + algorithm.outputs - 1) // algorithm.outputs
@@ -147,14 +162,16 @@ def _forward(algorithm, x, u, y, bias, floor, residual, has_residual, first, blo
     panels = (y.shape[3] + panel(y) - 1) // panel(y)
     for worker in prange(workers):
         _forward_share(
-            algorithm, x, u, y, bias, floor, residual, has_residual, first, (rows, columns),
+            algorithm, x, w, u[worker % len(u)], y, bias, floor, residual, has_residual, first, (rows, columns),
             (0, tiles) if by_panels else part(worker, workers, tiles),
-            part(worker, workers, panels) if by_panels else (0, panels), block, work[worker],
+            part(worker, workers, panels) if by_panels else (0, panels), block, own, work[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
-def _forward_share(algorithm, x, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, work):
+def _forward_share(
+    algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, own, work
+):
     c, o = x.shape[3], y.shape[3]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n  # channels of the planes, whole vectors
@@ -167,7 +184,8 @@ def _forward_share(algorithm, x, u, y, bias, floor, residual, has_residual, firs
     v = 2 * page
     v_stride, m_stride = block * depth + LINE, block * width + LINE
     m = v + square * v_stride
-    u_stride = (o + width - 1) // width * c * width + LINE
+    u_panel = c * width
+    u_stride = (1 if own else (o + width - 1) // width) * u_panel + LINE
     temp = np.empty(TEMP, x.dtype)
     table, coming, others = np.empty(TABLE, np.int64), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
     low = splat(floor, x)
@@ -183,12 +201,15 @@ def _forward_share(algorithm, x, u, y, bias, floor, residual, has_residual, firs
                 fetch(algorithm, x, coming, i)
                 input_to_planes(algorithm, x, table, i, c - i, temp, work, v + t * depth + i, v_stride)
         for p in range(panels[0], panels[1]):
+            if own:
+                _transform_weights_of(algorithm, w, (0, c), (p, p + 1), u)
             for plane in range(square):
+                at = plane * u_stride + (0 if own else p * u_panel)
                 for t in range(0, count, ROWS):
                     offsets = row_offsets(count - t, depth)
                     tile = multiply(
                         zero_tile(x), work, v + plane * v_stride + t * depth, offsets, 1,
-                        u, plane * u_stride + p * c * width, width, c,
+                        u, at, width, c,
                     )  # fmt: skip
                     store_tile(work, m + plane * m_stride + t * width, row_offsets(count - t, width), tile)
             for t in range(count):
@@ -218,8 +239,6 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     width = panel_width(y.dtype)
     panels = -(-o // width)
     square = algorithm.planes**2
-    u = empty((square * (panels * w.shape[2] * width + LINE),), y.dtype)
-    _transform_weights(algorithm, w, u)
     padded = np.zeros(panels * width, y.dtype)
     if bias is not None:
         padded[:o] = bias
@@ -227,14 +246,22 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     lane = width // VECTORS
     depth = -(-x.shape[3] // lane) * lane
     workers = threads.count()
-    by_panels = tiles < workers * ROWS and panels >= workers
-    block = min(BLOCK, -(-tiles // ROWS) * ROWS)
+    # Few tiles and many weights: each worker transforms all tiles, and the weights of its own panels, one panel at a
+    # time, which stays in its cache. Else all weights are transformed once, and each worker takes its own tiles.
+    own = panels >= workers and tiles <= min(MOST_TILES, o) and not is_constant(w)
+    by_panels = own or (panels >= workers and tiles < workers * ROWS)
+    block = -(-min(tiles, MOST_TILES if own else BLOCK) // ROWS) * ROWS
+    if own:
+        u = empty((workers, square * (w.shape[2] * width + LINE)), y.dtype)
+    else:
+        u = derived(w, algorithm, lambda: _planes_of(algorithm, w))
+    w = contiguous(w)
     page = -(-max(x.shape[3], o) // width) * width
     size = 2 * page + square * (block * (depth + width) + 2 * LINE)
     work = scratch((workers, size), y.dtype)
     floor = y.dtype.type(0 if relu else -np.inf)
     plus = y if residual is None else contiguous(residual)
-    _forward(algorithm, x, u, y, padded, floor, plus, residual is not None, first, block, by_panels, work)
+    _forward(algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, work)
     return y
 
 
@@ -346,9 +373,8 @@ def _is_3x3(kernel, stride, padding, dilation, groups, strides=ONE):
 
 
 def _forward_variant(algorithm, x, w, padding, stride, epilogue):
-    x, w = contiguous(x), contiguous(w)
     y = empty((*output_shape(x.shape, (3, 3), stride, padding, (1, 1)), w.shape[3]), x.dtype)
-    return _run(algorithm, x, w, y, (-padding[0], -padding[1]), **epilogue)
+    return _run(algorithm, contiguous(x), w, y, (-padding[0], -padding[1]), **epilogue)
 
 
 def _grad_x_variant(algorithm, gy, w, x_shape, padding, residual):

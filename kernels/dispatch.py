@@ -225,10 +225,18 @@ def parse_use(words: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
 # ------------------------------------------------------------------ primitives
 
 
+FLOATS = np.dtype(np.float32), np.dtype(np.float64)
+
+
 def plain_floats(*args: Any, **kwargs: Any) -> bool:
     """What a Numba variant supports unless it says otherwise: float arrays all float32 or all float64."""
-    kinds = {a.dtype for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray) and a.dtype.kind == "f"}
-    return kinds in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+    found = None
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+            if a.dtype not in FLOATS or a.dtype != (found or a.dtype):
+                return False
+            found = a.dtype
+    return found is not None
 
 
 def anything(*args: Any, **kwargs: Any) -> bool:

@@ -20,7 +20,8 @@ def output_size(size, kernel, stride, padding, dilation):
 def output_shape(x_shape, kernel, stride, padding, dilation):
     """(N, H, W, C) -> (N, OH, OW) for pairs of kernel, stride, padding and dilation. Raises ValueError if none fits."""
     n, h, w, _ = x_shape
-    oh, ow = (output_size(*axis) for axis in zip((h, w), kernel, stride, padding, dilation, strict=True))
+    oh = output_size(h, kernel[0], stride[0], padding[0], dilation[0])
+    ow = output_size(w, kernel[1], stride[1], padding[1], dilation[1])
     if oh < 1 or ow < 1:
         reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
         raise ValueError(

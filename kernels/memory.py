@@ -255,6 +255,22 @@ if hasattr(os, "register_at_fork"):  # a child must find the books in order, and
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+class _Alias:
+    """The memory of an array that may not be written to, as one that may."""
+
+    __slots__ = ("__array_interface__", "x")
+
+    def __init__(self, x: np.ndarray):
+        self.x = x if x.base is None else x.base  # what owns the memory: a view of it may die (see constant.py)
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}
+
+
 def contiguous(x):
-    """`x` itself if it is C-contiguous and aligned to its dtype, else a copy that is: what vector code needs."""
-    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")
+    """`x` itself if it is C-contiguous and aligned to its dtype, else a copy that is: what vector code needs.
+
+    Of an array that may not be written to, an alias: Numba would compile each kernel once more for it, and none of them
+    writes to its inputs.
+    """
+    if not (x.flags.c_contiguous and x.flags.aligned):
+        return np.array(x, order="C")
+    return x if x.flags.writeable else np.asarray(_Alias(x))

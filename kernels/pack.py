@@ -14,7 +14,7 @@ def panels_of(w):
     """(G, K, O) -> (G, ceil(O / PANEL), K, PANEL): the rows of a panel lie one after the other, padded with zeros."""
     width = panel_width(w.dtype)
     out = empty((w.shape[0], -(-w.shape[2] // width), w.shape[1], width), w.dtype)
-    _pack(w, out)
+    _pack(contiguous(w), out)
     return out
 
 

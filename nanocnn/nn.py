@@ -22,6 +22,7 @@ from .functional.basic import need_floats
 from .functional.fuse import fuse
 from .functional.geometry import Pair, pair
 from .kernels import dispatch
+from .kernels.constant import constant
 from .kernels.dispatch import to_device, xp_of
 from .state import copy_by_name
 from .tensor import Tensor
@@ -496,3 +497,23 @@ def _folded(layer: Any, norm: BatchNorm2d) -> Any:
     folded.weight = Parameter((layer.weight.data * scale).astype(dtype))
     folded.bias = Parameter(((bias - mean) * scale + norm.bias.data).astype(dtype))
     return folded
+
+
+def freeze(model: Module) -> Module:
+    """A copy of `model` for inference: batch norms folded (`fold_batch_norm`), no gradients, weights constant.
+
+    Of constant weights the kernels keep what they otherwise make at every call: panels, and Winograd's planes, which
+    take four times the memory of 3x3 weights. Nothing can be written to them any more: load and train the original.
+    Raises ValueError in training mode.
+    """
+    if any(module.training for _, module in model.named_modules()):
+        raise ValueError("freeze in training mode: a frozen model cannot learn; call model.eval() first")
+    if any(module.folds for _, module in model.named_modules()):
+        model = fold_batch_norm(model)
+    else:
+        model = copy.deepcopy(model, {id(p): Parameter(p.data.copy()) for p in model.parameters()})
+    for p in model.parameters():
+        p.requires_grad = False
+        if isinstance(p.data, np.ndarray):
+            p.data = constant(p.data)
+    return model

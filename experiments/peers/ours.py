@@ -3,7 +3,7 @@
 TITLE = "nanocnn"
 NEEDS = ("nanocnn",)
 TRAIN = {"fastest": "the kernels of the fixed rule, or those of --use"}
-INFER = {"fastest": "the same, batch norm folded into the convolutions"}
+INFER = {"fastest": "the same, frozen: batch norm folded into the convolutions, weights laid out once"}
 LAYERS = {"fastest": "the primitives conv2d, conv2d_grad_x, conv2d_grad_w"}
 
 
@@ -52,9 +52,7 @@ def training(task):
 
 def inference(task):
     nc, net = prepared(task)
-    net.eval()
-    if any(net.named_buffers()):  # running statistics: there is batch norm
-        net = nc.nn.fold_batch_norm(net)
+    net = nc.nn.freeze(net.eval())
 
     def infer():
         with nc.no_grad():
