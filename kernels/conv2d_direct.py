@@ -67,16 +67,20 @@ def _pixels_of(table, first, count, across, taps, step, at, shape, outside):
     """
     rows, columns = across
     h, w, c = shape
-    number = taps[0].size * taps[1].size
-    for r in range(count):
-        image, rest = (first + r) // (rows * columns), (first + r) % (rows * columns)
-        top, left = rest // columns * step[0] + at[0], rest % columns * step[1] + at[1]
-        k = r * number
+    image, row, column = first // (rows * columns), first // columns % rows, first % columns
+    k = 0
+    for _ in range(count):
+        top, left = row * step[0] + at[0], column * step[1] + at[1]
+        column += 1
+        if column == columns:
+            row, column = row + 1, 0
         for i in taps[0]:
             for j in taps[1]:
                 inside = 0 <= top + i < h and 0 <= left + j < w
                 table[k] = ((image * h + top + i) * w + left + j) * c if inside else outside
                 k += 1
+        if row == rows:
+            image, row = image + 1, 0
 
 
 @njit(cache=True)

@@ -15,6 +15,7 @@ from . import threads
 from .caches import L3
 from .constant import derived, is_constant
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
+from .conv2d_few_channels import FEW
 from .dispatch import plain_floats
 from .im2col import output_shape
 from .memory import contiguous, empty, scratch
@@ -402,18 +403,22 @@ def _same_parity(padding):
 ENOUGH_TILES = {1: 8, 2: 32}
 
 
-def _pays(images, size, stride):
-    """The fixed rule of "fastest": enough tiles of 4x4 outputs; `size` is (OH, OW)."""
-    return images * -(-size[0] // 4) * -(-size[1] // 4) >= ENOUGH_TILES[stride]
+def _pays(images, size, stride, channels):
+    """The fixed rule of "fastest": enough tiles of 4x4 outputs; `size` is (OH, OW). Few channels fill no vector."""
+    return channels > FEW and images * -(-size[0] // 4) * -(-size[1] // 4) >= ENOUGH_TILES[stride]
 
 
 def _forward_pays(x, w, stride, padding, dilation, groups, **epilogue):
     images, *size = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
-    return _pays(images, size, stride[0])
+    return _pays(images, size, stride[0], w.shape[2])
 
 
-def _backward_pays(gy, other, shape, stride, *rest, **epilogue):
-    return _pays(gy.shape[0], gy.shape[1:3], stride[0])
+def _grad_x_pays(gy, w, x_shape, stride, *rest, **epilogue):
+    return _pays(gy.shape[0], gy.shape[1:3], stride[0], gy.shape[3])
+
+
+def _grad_w_pays(gy, x, w_shape, stride, *rest):
+    return _pays(gy.shape[0], gy.shape[1:3], stride[0], x.shape[3])
 
 
 @conv2d.variant(
@@ -447,7 +452,7 @@ def conv2d_grad_x_winograd2(gy, w, x_shape, stride, padding, dilation, groups, *
     supports=lambda gy, w, shape, s, p, d, g, **e: (
         _is_3x3(w.shape[:2], s, p, d, g, BOTH) and (s[0] == 1 or _same_parity(p)) and plain_floats(gy, w, **e)
     ),
-    auto=_backward_pays,
+    auto=_grad_x_pays,
 )
 def conv2d_grad_x_winograd4(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """F(4x4, 3x3) with the weights turned; at stride 2, even and odd pixels each by their taps"""
@@ -468,7 +473,7 @@ def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups):
 @conv2d_grad_w.variant(
     "winograd4",
     supports=lambda gy, x, shape, s, p, d, g: _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x),
-    auto=_backward_pays,
+    auto=_grad_w_pays,
 )
 def conv2d_grad_w_winograd4(gy, x, w_shape, stride, padding, dilation, groups):
     """F(4x4, 3x3) read backwards; at stride 2, by parity"""

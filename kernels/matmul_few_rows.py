@@ -47,7 +47,7 @@ def matmul_few_rows(a, b, out=None, *, bias=None, relu=False):
 @njit(parallel=True, cache=True)
 def _few(a, b, bias, floor, c, workers):
     n = lanes(c)
-    vectors, strip = (c.shape[1] + n - 1) // n, STRIP // c.shape[0] // n * n
+    vectors, strip = (c.shape[1] + n - 1) // n, STRIP // max(1, c.shape[0]) // n * n
     for worker in prange(workers):
         left, right = part(worker, workers, vectors)
         for first in range(left * n, min(c.shape[1], right * n), strip):
