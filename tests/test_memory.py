@@ -68,9 +68,9 @@ class Pool(RuleBasedStateMachine):
         memory.trim(keep * LARGE)
 
     @invariant()
-    def it_holds_no_more_than_was_in_use_at_once(self):
+    def it_holds_little_more_than_was_in_use_at_once(self):
         held = memory.held()
-        assert held["in_use"] + held["idle"] <= held["peak"]
+        assert held["in_use"] + held["idle"] <= held["peak"] + memory.spare(held["peak"])
 
     @invariant()
     def every_array_holds_its_number(self):
@@ -116,6 +116,21 @@ def test_neighbours_are_merged_so_that_a_larger_array_fits():
     whole = memory.empty((48 * LARGE,), np.uint8)
     assert memory.held()["in_use"] == before["in_use"] + whole.nbytes
     assert memory.held()["idle"] == before["idle"] - whole.nbytes  # of which it was made, not of fresh memory
+
+
+def test_pieces_that_do_not_fit_are_fresh_for_a_step_or_two(monkeypatch):
+    """At once 14 are in use, but what the first 3 leave is no room for the 7: the pool must be allowed to hold 17."""
+    fresh, take = [], memory._cold.take
+    monkeypatch.setattr(memory._cold, "take", lambda size: fresh.append(size) or take(size))
+    memory.trim()
+    for step in range(6):
+        if step == 2:
+            fresh.clear()
+        first, *others = (memory.empty((n * LARGE,), np.uint8) for n in (3, 1, 6))
+        del first
+        others.append(memory.empty((7 * LARGE,), np.uint8))
+        del others
+    assert not fresh
 
 
 def test_what_is_held():
