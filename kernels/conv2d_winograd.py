@@ -123,28 +123,32 @@ def _planes_of(algorithm, w):
 @njit(parallel=True, cache=True)
 def _gather_weights(algorithm, u, gw):
     """The sum over workers of the planes u (workers, planes (C, O rounded up)), through G^T, to (3, 3, C, O)."""
+    panels = (gw.shape[3] + panel(gw) - 1) // panel(gw)
     for i in prange(gw.shape[2]):
-        _gather_weights_of(algorithm, u, gw, i)
+        _gather_weights_of(algorithm, u, gw, (i, i + 1), (0, panels))
 
 
 @njit(cache=True)
-def _gather_weights_of(algorithm, u, gw, i):
+def _gather_weights_of(algorithm, u, gw, channels, panels):
+    """Those of some input channels and of some panels; `u` begins with the first of these panels."""
     c, o = gw.shape[2], gw.shape[3]
-    n, temp = lanes(gw), np.empty(TEMP, gw.dtype)
-    line = (o + panel(gw) - 1) // panel(gw) * panel(gw)
+    n, temp, begin = lanes(gw), np.empty(TEMP, gw.dtype), panels[0] * panel(gw)
+    line = (panels[1] - panels[0]) * panel(gw)
     stride = c * line + LINE
-    for first in range(0, o, n):
-        for column in range(algorithm.planes):
-            vectors = gather_column(algorithm, u, i * line + first, stride, column)
-            for worker in range(1, u.shape[0]):
-                at = worker * u.shape[1] + i * line + first
-                vectors = add_vectors(vectors, gather_column(algorithm, u, at, stride, column))
-            gathered_column(algorithm, vectors, column, temp)
-        for row in range(3):
-            if first + n <= o:
-                gathered_row(algorithm, temp, row, gw, i * o + first, c * o)
-            else:
-                gathered_row(algorithm, temp, row, gw, i * o + first, c * o, o - first)
+    for i in range(channels[0], channels[1]):
+        for first in range(begin, min(o, begin + line), n):
+            at = i * line + first - begin
+            for column in range(algorithm.planes):
+                vectors = gather_column(algorithm, u, at, stride, column)
+                for worker in range(1, u.shape[0]):
+                    more = gather_column(algorithm, u, worker * u.shape[1] + at, stride, column)
+                    vectors = add_vectors(vectors, more)
+                gathered_column(algorithm, vectors, column, temp)
+            for row in range(3):
+                if first + n <= o:
+                    gathered_row(algorithm, temp, row, gw, i * o + first, c * o)
+                else:
+                    gathered_row(algorithm, temp, row, gw, i * o + first, c * o, o - first)
 
 
 # ------------------------------------------------------------------ forward, and the gradient of the image
@@ -270,8 +274,12 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
 
 
 @njit(parallel=True, cache=True)
-def _grad_w(algorithm, x, gy, u, first, block, by_panels, work):
-    """Each worker sums over its share of the tiles, into planes of its own, or over all tiles for its panels."""
+def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, work):
+    """Each worker sums over its share of the tiles, into planes of its own, or over all tiles for its panels.
+
+    `u` holds the planes of all weights, for each worker or for all, or, with `own`, those of a panel for each worker,
+    which are gathered into `gw` at once.
+    """
     workers = work.shape[0]
     rows = (gy.shape[1] + algorithm.outputs - 1) // algorithm.outputs
     columns = (gy.shape[2] + algorithm.outputs - 1) // algorithm.outputs
@@ -279,14 +287,14 @@ def _grad_w(algorithm, x, gy, u, first, block, by_panels, work):
     panels = (gy.shape[3] + panel(gy) - 1) // panel(gy)
     for worker in prange(workers):
         _grad_w_share(
-            algorithm, x, gy, u, 0 if by_panels else np.int64(worker) * u.shape[1], first, (rows, columns),
+            algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns),
             (0, tiles) if by_panels else part(worker, workers, tiles),
-            part(worker, workers, panels) if by_panels else (0, panels), block, work[worker],
+            part(worker, workers, panels) if by_panels else (0, panels), block, own, work[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
-def _grad_w_share(algorithm, x, gy, u, at, first, across, share, panels, block, work):
+def _grad_w_share(algorithm, x, gy, planes_of_u, gw, first, across, share, panels, block, own, work):
     c, o = x.shape[3], gy.shape[3]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n
@@ -299,7 +307,7 @@ def _grad_w_share(algorithm, x, gy, u, at, first, across, share, panels, block, 
     d = v + square * v_stride
     d_panel = block * width
     d_stride = (panels[1] - panels[0]) * d_panel + LINE
-    line = (o + width - 1) // width * width
+    line, u = width if own else (o + width - 1) // width * width, planes_of_u[0]
     u_stride = c * line + LINE
     temp, table, coming = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
     image, out = (x.shape[1], x.shape[2], x.shape[3]), (gy.shape[1], gy.shape[2], gy.shape[3])
@@ -326,7 +334,7 @@ def _grad_w_share(algorithm, x, gy, u, at, first, across, share, panels, block, 
         for p in range(panels[0], panels[1]):
             for plane in range(square):
                 for row in range(0, c, ROWS):
-                    to = at + plane * u_stride + row * line + p * width
+                    to = plane * u_stride + row * line + (0 if own else p * width)
                     offsets = row_offsets(c - row, line)
                     tile = load_tile(u, to, offsets) if begin > share[0] else zero_tile(x)
                     tile = multiply(
@@ -334,6 +342,8 @@ def _grad_w_share(algorithm, x, gy, u, at, first, across, share, panels, block, 
                         work, d + plane * d_stride + (p - panels[0]) * d_panel, width, count,
                     )  # fmt: skip
                     store_tile(u, to, offsets, tile)
+            if own:
+                _gather_weights_of(algorithm, planes_of_u, gw, (0, c), (p, p + 1))
 
 
 def _run_grad_w(algorithm, gy, x, w_shape, first):
@@ -347,19 +357,23 @@ def _run_grad_w(algorithm, gy, x, w_shape, first):
         return gw
     workers = min(threads.count(), tiles)
     planes_of_u = square * (c * panels * width + LINE)
-    by_panels = (
-        workers * planes_of_u * gy.itemsize > L3 and panels >= workers
-    )  # sums of their own would leave the cache
+    # As in _run: few tiles and many weights. Else workers sum for themselves, unless these sums would leave the cache.
+    own = panels >= workers and tiles <= min(MOST_TILES, o)
+    by_panels = own or (workers * planes_of_u * gy.itemsize > L3 and panels >= workers)
     if not by_panels:
         workers = max(1, min(workers, MOST_SUMS // (planes_of_u * gy.itemsize)))
     lane = width // VECTORS
     depth = -(-c // lane) * lane
     mine = -(-panels // workers) * width if by_panels else panels * width
-    block = min(2 * BLOCK if by_panels else BLOCK, -(-tiles // ROWS) * ROWS)
-    u = empty((1 if by_panels else workers, planes_of_u), gy.dtype)
+    block = -(-min(tiles, MOST_TILES if own else 2 * BLOCK if by_panels else BLOCK) // ROWS) * ROWS
+    if own:
+        u = empty((workers, square * (c * width + LINE)), gy.dtype)
+    else:
+        u = empty((1 if by_panels else workers, planes_of_u), gy.dtype)
     size = max(depth, o + lane) + lane + square * (block * (depth + mine) + 2 * LINE)
-    _grad_w(algorithm, x, gy, u, first, block, by_panels, scratch((workers, size), gy.dtype))
-    _gather_weights(algorithm, u, gw)
+    _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, scratch((workers, size), gy.dtype))
+    if not own:
+        _gather_weights(algorithm, u, gw)
     return gw
 
 
