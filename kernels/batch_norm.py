@@ -74,7 +74,8 @@ def batch_norm_apply_numba(x, mean, scale, shift, residual=None, relu=False):
     """one pass"""
     y = empty_like(x)
     floor, adds = x.dtype.type(0 if relu else -np.inf), x.dtype.type(residual is not None)
-    one_pass = _Apply(*rows.rows_of(x, mean, scale, shift, x if residual is None else residual, y), floor, adds)
+    kind = _ApplyPast if rows.whole_and_past(y) else _Apply
+    one_pass = kind(*rows.rows_of(x, mean, scale, shift, x if residual is None else residual, y), floor, adds)
     rows.run(one_pass, *one_pass.x.shape)
     return y
 
@@ -89,12 +90,20 @@ class _Apply(NamedTuple):
     floor: float
     adds: float  # 1 with a residual, 0 without
 
+    def write(self, i, v, count):
+        store(self.y, i, v, count)
+
     def step(self, i, c, count, sums):
         d = load(self.x, i, count) - load(self.mean, c, count)
         y = fma(d, load(self.scale, c, count), load(self.shift, c, count))
         y = select(splat(self.adds, y) > 0, y + load(self.residual, i, count), y)
-        store(self.y, i, select(y < self.floor, self.floor, y), count)  # a NaN stays one: it compares as false
+        self.write(i, select(y < self.floor, self.floor, y), count)  # a NaN stays one: it compares as false
         return ()
+
+
+class _ApplyPast(_Apply):
+    def write(self, i, v, count):
+        rows.past(self.y, i, v, count)
 
 
 @batch_norm_apply.work
@@ -162,7 +171,8 @@ def batch_norm_residual_grad_stats(gy, y, x, mean):
 def batch_norm_residual_grad_stats_numba(gy, y, x, mean):
     """one pass over three arrays, writing a fourth"""
     masked = empty_like(x)
-    one_pass = _MaskedProducts(*rows.rows_of(gy, y, x, mean, masked))
+    kind = _MaskedProductsPast if rows.whole_and_past(masked) else _MaskedProducts
+    one_pass = kind(*rows.rows_of(gy, y, x, mean, masked))
     return masked, *rows.run(one_pass, *one_pass.x.shape, sums=2).astype(x.dtype)
 
 
@@ -173,11 +183,19 @@ class _MaskedProducts(NamedTuple):
     mean: np.ndarray
     masked: np.ndarray
 
+    def write(self, i, v, count):
+        store(self.masked, i, v, count)
+
     def step(self, i, c, count, sums):
         d = load(self.x, i, count) - load(self.mean, c, count)
         gy = select(load(self.y, i, count) <= 0, 0, load(self.gy, i, count))
-        store(self.masked, i, gy, count)
+        self.write(i, gy, count)
         return sums[0] + gy, fma(gy, d, sums[1])
+
+
+class _MaskedProductsPast(_MaskedProducts):
+    def write(self, i, v, count):
+        rows.past(self.masked, i, v, count)
 
 
 @batch_norm_residual_grad_stats.work
@@ -200,7 +218,8 @@ def batch_norm_grad(gy, x, mean, scale, a, b, shift=None):
 def batch_norm_grad_numba(gy, x, mean, scale, a, b, shift=None):
     """one pass"""
     gx = empty_like(x)
-    one_pass = _Grad(*rows.rows_of(gy, x, mean, scale, a, b, _no_relu(mean) if shift is None else shift, gx))
+    kind = _GradPast if rows.whole_and_past(gx) else _Grad
+    one_pass = kind(*rows.rows_of(gy, x, mean, scale, a, b, _no_relu(mean) if shift is None else shift, gx))
     rows.run(one_pass, *one_pass.x.shape)
     return gx
 
@@ -215,11 +234,19 @@ class _Grad(NamedTuple):
     shift: np.ndarray
     gx: np.ndarray
 
+    def write(self, i, v, count):
+        store(self.gx, i, v, count)
+
     def step(self, i, c, count, sums):
         d, scale = load(self.x, i, count) - load(self.mean, c, count), load(self.scale, c, count)
         gy = select(fma(d, scale, load(self.shift, c, count)) <= 0, 0, load(self.gy, i, count))
-        store(self.gx, i, (gy - load(self.a, c, count) - d * load(self.b, c, count)) * scale, count)
+        self.write(i, (gy - load(self.a, c, count) - d * load(self.b, c, count)) * scale, count)
         return ()
+
+
+class _GradPast(_Grad):
+    def write(self, i, v, count):
+        rows.past(self.gx, i, v, count)
 
 
 @batch_norm_grad.work

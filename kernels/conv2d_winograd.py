@@ -18,7 +18,7 @@ from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .conv2d_few_channels import FEW
 from .dispatch import plain_floats
 from .im2col import output_shape
-from .memory import contiguous, empty, scratch
+from .memory import contiguous, empty, past_caches, scratch
 from .pack import swap_channels
 from .simd import distance, lanes, splat
 from .tile import (
@@ -155,10 +155,11 @@ def _gather_weights_of(algorithm, u, gw, channels, panels):
 
 
 @njit(parallel=True, cache=True)
-def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, work):
+def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, past, work):
     """Each worker takes its share of the tiles, or of the panels, through all steps.
 
     `u` holds the planes of all weights, or, with `own`, room for each worker to transform those of a panel.
+    With `past`, y is written past the caches.
     """
     workers = work.shape[0]
     rows = (y.shape[1] + algorithm.outputs - 1) // algorithm.outputs
@@ -169,13 +170,13 @@ def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, 
         _forward_share(
             algorithm, x, w, u[worker % len(u)], y, bias, floor, residual, has_residual, first, (rows, columns),
             (0, tiles) if by_panels else part(worker, workers, tiles),
-            part(worker, workers, panels) if by_panels else (0, panels), block, own, work[worker],
+            part(worker, workers, panels) if by_panels else (0, panels), block, own, past, work[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _forward_share(
-    algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, own, work
+    algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, own, past, work
 ):
     c, o = x.shape[3], y.shape[3]
     n, width = lanes(x), panel(x)
@@ -226,10 +227,16 @@ def _forward_share(
                     for column in range(algorithm.planes):
                         output_column(algorithm, work, at, m_stride, column, temp)
                     for row in range(algorithm.outputs):
-                        if has_residual:
+                        if has_residual and past:
+                            output_row_plus(
+                                algorithm, temp, row, bias, i, low, residual, others, y, table, i, None, True
+                            )
+                        elif has_residual:
                             output_row_plus(
                                 algorithm, temp, row, bias, i, low, residual, others, y, table, i, min(n, o - i)
                             )
+                        elif past:
+                            output_row(algorithm, temp, row, bias, i, low, y, table, i, None, True)
                         elif i + n <= o:
                             output_row(algorithm, temp, row, bias, i, low, y, table, i)
                         else:
@@ -266,7 +273,8 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     work = scratch((workers, size), y.dtype)
     floor = y.dtype.type(0 if relu else -np.inf)
     plus = y if residual is None else contiguous(residual)
-    _forward(algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, work)
+    past = past_caches(y) and o % lane == 0
+    _forward(algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, past, work)
     return y
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from . import threads
+from .caches import L3
 from .dispatch import Switch
 
 pool = Switch(
@@ -195,7 +196,8 @@ def _find(size: int) -> int:
     """The first address of `size` bytes that are nobody's: of idle memory where it can be, else of fresh memory.
 
     Idle memory that lies in pieces too small is given back for it, so that the pool holds little more than its arrays
-    once took at the same time. After a step or two the pieces fit, and nothing is fresh any more; `spare` is for that. (Without it, AlexNet gave back and took the same 27 MB at every step: 3 of 106 ms, and more by the hour.)
+    once took at the same time. After a step or two the pieces fit, and nothing is fresh any more; `spare` is for that.
+    (Without it, AlexNet gave back and took the same 27 MB at every step: 3 of 106 ms, and more by the hour.)
     """
     global _held, _peak
     _merge()
@@ -216,6 +218,8 @@ def _find(size: int) -> int:
 def _merge() -> None:
     """Join what came back with its neighbours."""
     for size, home in list(_recent.items()):
+        if not home:  # most of them are
+            continue
         with contextlib.suppress(IndexError):  # until there is nothing left; another thread may take the last one
             while True:
                 _warm.give(home.pop(), size)
@@ -259,6 +263,11 @@ def _most_idle() -> int:
 
 if hasattr(os, "register_at_fork"):  # a child must find the books in order, and a lock that somebody will release
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def past_caches(y: np.ndarray) -> bool:
+    """Whether `y` is better written past the caches (simd.stream): too large to be found there, and aligned for it."""
+    return y.nbytes >= L3 // 2 and y.ctypes.data % LINE == 0
 
 
 class _Alias:

@@ -26,12 +26,26 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .memory import contiguous
-from .simd import lanes, load, store, unrolled, zeros
+from .memory import contiguous, past_caches
+from .simd import WIDTH, lanes, load, store, stream, unrolled, zeros
 
 ROWS = 32
 BLOCK_ROWS = 1024
 BLOCK = 65536  # elements that are worth a thread's while
+
+
+@unrolled
+def past(y, i, v, count):
+    """store() past the caches, where a whole vector is to be written."""
+    if count is None:
+        stream(y, i, v)
+    else:
+        store(y, i, v, count)
+
+
+def whole_and_past(y):
+    """Whether a pass may write its result `y` past the caches: see memory.past_caches; rows must be whole vectors."""
+    return past_caches(y) and y.shape[-1] * y.itemsize % WIDTH == 0
 
 
 def rows_of(*arrays):

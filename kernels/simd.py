@@ -17,6 +17,7 @@ the dtype in question: an array, a vector or a number.
 
 | load(x, i)  load(x, i, count)        | a vector of x; beyond `count` lanes memory is not touched and lanes are 0
 | store(x, i, v)  store(x, i, v, count)| likewise; v may be a number. A count may be 0, negative or more than the lanes
+| stream(x, i, v)                      | a store past the caches, of a whole vector to an aligned address
 | broadcast(x, i)  splat(s, like)      | one number of x, or the number s, in all lanes
 | zeros(like)  lanes(like)             | all lanes 0; how many lanes there are
 | + - * /  += and so on,  -v           | lane by lane; a number beside a vector is spread, and takes the vector's dtype
@@ -488,6 +489,24 @@ def store(x, i, v, count=None):
         signature = [vector, pointer, I32, ir.VectorType(I1, kind.count)]
         function = _masked("store", kind, ir.VoidType(), signature)
         return b.call(function, [v.value, _address(x, i, kind), ir.Constant(I32, ALIGN), mask.value])
+
+    _emit(types.none, make)
+
+
+@unrolled
+def stream(x, i, v):
+    """Write `v` to `x` from element `i` on, past the caches. The address must be a multiple of the vector's bytes.
+
+    An ordinary store first reads the line that it is about to overwrite. For a result that is larger than the caches,
+    and so will have to be read from memory anyway, that is a third of all traffic of a pass that reads one array and
+    writes another.
+    """
+    kind = vector_of(_element(x))
+    v = _as(kind, v)
+
+    def make(b):
+        written = b.store(v.value, _address(x, i, kind), align=WIDTH)
+        return written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
 
     _emit(types.none, make)
 

@@ -32,7 +32,7 @@ import numpy as np
 from numba import njit
 
 from .cook_toom import Matrices, combine, cook_toom, transposed
-from .simd import lanes, load, prefetch, store, unrolled
+from .simd import lanes, load, prefetch, store, stream, unrolled
 from .tile import clip
 
 # ------------------------------------------------------------------ stride 2 by parity: its matrices
@@ -187,21 +187,28 @@ def _output(algorithm, temp, row):
 
 
 @unrolled
-def output_row(algorithm, temp, row, bias, b, floor, y, table, c, count=None):
-    """A row of `temp`, through A, plus bias, to the pixels of `y` at `table` + c."""
+def output_row(algorithm, temp, row, bias, b, floor, y, table, c, count=None, past=False):
+    """A row of `temp`, through A, plus bias, to the pixels of `y` at `table` + c; with `past`, past the caches."""
     add = load(bias, b)
     for k, vector in enumerate(_output(algorithm, temp, row)):
-        store(y, table[row * len(_of(algorithm).A) + k] + c, clip(vector + add, floor), count)
+        _write(y, table[row * len(_of(algorithm).A) + k] + c, clip(vector + add, floor), count, past)
+
+
+def _write(y, i, vector, count, past):
+    if past:
+        stream(y, i, vector)
+    else:
+        store(y, i, vector, count)
 
 
 @unrolled
-def output_row_plus(algorithm, temp, row, bias, b, floor, residual, others, y, table, c, count):
+def output_row_plus(algorithm, temp, row, bias, b, floor, residual, others, y, table, c, count=None, past=False):
     """The same plus the pixels of `residual` at `others` + c."""
     add = load(bias, b)
     for k, vector in enumerate(_output(algorithm, temp, row)):
         at = row * len(_of(algorithm).A) + k
         vector = vector + add + load(residual, others[at] + c, count)
-        store(y, table[at] + c, clip(vector, floor), count)
+        _write(y, table[at] + c, clip(vector, floor), count, past)
 
 
 @unrolled

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import nanocnn as nc
 import nanocnn.functional as F
-from nanocnn.kernels import dispatch
+from nanocnn.kernels import conv2d as conv
+from nanocnn.kernels import dispatch, memory
 from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
 
@@ -168,3 +169,25 @@ def test_no_channels(policy, c, o, kernel):
     np.testing.assert_array_equal(y.data, np.zeros((2, 5 - kernel, 6 - kernel, o)))
     np.testing.assert_array_equal(x.grad, np.zeros(x.shape))
     np.testing.assert_array_equal(w.grad, np.zeros(w.shape))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("o", [32, 48, 33])
+def test_results_larger_than_the_caches(monkeypatch, stride, o):
+    """They are written past the caches, where whole vectors allow it."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((16, 17, 18, o), (3, 3, o, o)))
+    geometry = (stride, stride), (1, 1), (1, 1), 1
+    gy = rng.standard_normal(conv.conv2d(x, w, *geometry).shape).astype(np.float32)
+    epilogue = dict(bias=w[0, 0, 0], residual=gy, relu=True)
+    forward = conv.conv2d.variants["reference"].body(x, w, *geometry, **epilogue)
+    backward = conv.conv2d_grad_x.variants["reference"].body(gy, w, x.shape, *geometry, residual=x)
+    monkeypatch.setattr(memory, "SMALL", 0)  # all arrays on pages of the pool
+    monkeypatch.setattr(memory, "L3", 0)
+    assert memory.past_caches(memory.empty((16,), np.float32))
+    y = conv.conv2d.variants["winograd4"].body(x, w, *geometry, **epilogue)
+    np.testing.assert_allclose(y, forward, rtol=1e-3, atol=1e-3)
+    y = conv.conv2d.variants["winograd4"].body(x, w, *geometry)
+    np.testing.assert_allclose(y, conv.conv2d(x, w, *geometry), rtol=1e-3, atol=1e-3)
+    gx = conv.conv2d_grad_x.variants["winograd4"].body(gy, w, x.shape, *geometry, residual=x)
+    np.testing.assert_allclose(gx, backward, rtol=1e-3, atol=1e-3)

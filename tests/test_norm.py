@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanocnn import functional as F
 from nanocnn.kernels import batch_norm as kernels
-from nanocnn.kernels import threads
+from nanocnn.kernels import memory, threads
 from nanocnn.kernels.dispatch import using
 from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
@@ -236,3 +236,24 @@ def test_gradients_of_any_shape(policy, shape, seed):
 def test_integers_are_refused(norm):
     with pytest.raises(TypeError, match=r"norm of dtype uint8: expected float32 or float64; normalise"):
         norm(Tensor(np.ones((4, 3), np.uint8)))
+
+
+@pytest.mark.parametrize("channels", [32, 20])
+def test_results_larger_than_the_caches(monkeypatch, channels):
+    """They are written past the caches, where whole vectors allow it: the same numbers."""
+    rng = np.random.default_rng(0)
+    x, gy, residual = (rng.standard_normal((4, 5, 6, channels)).astype(np.float32) for _ in range(3))
+    mean, scale, shift, b = (rng.standard_normal(channels).astype(np.float32) for _ in range(4))
+    calls = [
+        (kernels.batch_norm_apply, (x, mean, scale, shift, residual, True)),
+        (kernels.batch_norm_apply, (x, mean, scale, shift)),
+        (kernels.batch_norm_residual_grad_stats, (gy, residual, x, mean)),
+        (kernels.batch_norm_grad, (gy, x, mean, scale, shift, b, mean)),
+    ]
+    expected = [primitive(*args) for primitive, args in calls]
+    monkeypatch.setattr(memory, "SMALL", 0)  # all arrays on pages of the pool
+    monkeypatch.setattr(memory, "L3", 0)
+    for (primitive, args), want in zip(calls, expected, strict=True):
+        got = primitive(*args)
+        for g, e in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
+            np.testing.assert_array_equal(g, e)

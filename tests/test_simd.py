@@ -31,6 +31,7 @@ from nanocnn.kernels.simd import (
     select,
     splat,
     store,
+    stream,
     total,
     transpose,
     unrolled,
@@ -105,6 +106,21 @@ def _operations(x, y, s):
         i += n
     store(y, i, 7)
     return total(a), total(zeros(y) + s)
+
+
+@njit
+def _stream(x, y):
+    for i in range(0, x.size, lanes(x)):
+        stream(y, i, load(x, i) + 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_stream_writes_whole_vectors_to_aligned_memory(dtype):
+    raw = np.zeros(64 * np.dtype(dtype).itemsize + 64, np.uint8)
+    y = raw[-raw.ctypes.data % 64 :][: 64 * np.dtype(dtype).itemsize].view(dtype)
+    x = np.arange(64, dtype=dtype)
+    _stream(x, y)
+    np.testing.assert_array_equal(y, x + 1)
 
 
 @both
