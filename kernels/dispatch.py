@@ -359,8 +359,9 @@ class Primitive:
     def _first_able(self, rungs: Iterable[Variant], named: str, device: str, args: tuple, kwargs: dict) -> Variant:
         """The first of `rungs` that can do the call and is automatic or `named`; the reference, the last, always is."""
         for variant in rungs:
-            able = variant.device in (None, device) and variant.supports(*args, **kwargs)
-            if able and (variant.name == named or variant.pays(*args, **kwargs)):
+            if variant.device not in (None, device) or (variant.auto is False and variant.name != named):
+                continue
+            if variant.supports(*args, **kwargs) and (variant.name == named or variant.pays(*args, **kwargs)):
                 return variant
         raise AssertionError("a ladder begins with the reference, which can do every call")
 
