@@ -226,7 +226,7 @@ def train(model: str, way: str, seed: int, args: argparse.Namespace, data: nc.da
                 run["loss"].append(total / len(batches))
                 run["accuracy"].append(accuracy)
     except NonFiniteLoss as error:
-        run["diverged"] = dict(epoch=epoch + 1, step=step + 1, reason=str(error))
+        run["diverged"] = dict(epoch=epoch + 1, step=min(step + 1, (epoch + 1) * len(batches)), reason=str(error))
     return run | dict(variants=trainee.variants(), seconds=time.perf_counter() - start)
 
 

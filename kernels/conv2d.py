@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .constant import derived
 from .dispatch import Primitive, plain_floats, xp_of
 from .elementwise import as_rows
 from .epilogue import finish
@@ -135,7 +136,8 @@ def is_pointwise(kernel, stride, padding, groups):
 )
 def conv2d_pointwise(x, w, stride, padding, dilation, groups, **epilogue):
     """1x1, stride 1: the image already is its columns"""
-    return finish(matmul(as_rows(x), w[0, 0]).reshape(*x.shape[:3], w.shape[3]), **epilogue)
+    matrix = derived(w, "matrix", lambda: w[0, 0])
+    return finish(matmul(as_rows(x), matrix).reshape(*x.shape[:3], w.shape[3]), **epilogue)
 
 
 @conv2d_grad_x.variant(

@@ -2,8 +2,8 @@
 
 A pixel of three channels is no vector, and eight addresses for three numbers each cost more than the arithmetic. But in
 a row of an image the pixels lie side by side: a row of a 3x3 kernel meets nine numbers in a row, and the output beside
-it the nine that begin `stride` pixels further. So the register tile takes eight outputs side by side, and each row of
-the kernel is one short product with a fixed distance between the tile's rows; no table, no columns.
+it the nine that begin `stride` pixels further. So the register tile takes eight outputs side by side (ROWS of them), and
+each row of the kernel is one short product with a fixed distance between the tile's rows; no table, no columns.
 
 What stands in the way is the border. A band of the image, a few rows, is copied into L1 with its padding around it:
 3 numbers are copied for the 64 outputs that are computed from them. (The copy is what NVIDIA calls a halo exchange in
@@ -124,10 +124,19 @@ def _few_channels(x, w_shape, stride, padding, dilation, groups):
     return w_shape[2] <= FEW and tuple(dilation) == (1, 1) and groups == 1
 
 
+def _pays(columns):
+    """The fixed rule of "fastest": outputs side by side fill at least half of the tile's rows."""
+    return columns >= ROWS // 2
+
+
+def _forward_pays(x, w, stride, padding, dilation, groups, **epilogue):
+    return w.shape[3] > 1 and _pays(output_shape(x.shape, w.shape[:2], stride, padding, dilation)[2])
+
+
 @conv2d.variant(
     "few_channels",
     supports=lambda x, w, *g, **e: _few_channels(x, w.shape, *g) and plain_floats(x, w, **e),
-    auto=lambda x, w, *g, **e: w.shape[3] > 1,
+    auto=_forward_pays,
 )
 def conv2d_few_channels(x, w, stride, padding, dilation, groups, *, bias=None, residual=None, relu=False):
     """up to 8 channels: a row of the kernel is one run of memory, in a band of the image with its border"""
@@ -204,17 +213,21 @@ def _grad_w_band(x, gy, u, kernel, stride, padding, image, top, rows, table, ban
 
 
 @conv2d_grad_w.variant(
-    "few_channels", supports=lambda gy, x, shape, *g: _few_channels(x, shape, *g) and plain_floats(gy, x)
+    "few_channels",
+    supports=lambda gy, x, shape, *g: _few_channels(x, shape, *g) and plain_floats(gy, x),
+    auto=lambda gy, x, shape, *g: _pays(gy.shape[2]),
 )
 def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups):
-    """up to 8 channels: the tile is eight numbers of the kernel, and gy passes once for each eight"""
+    """up to 8 channels: the tile is eight numbers of the kernel (ROWS), and gy passes once for each eight"""
     gw = empty(w_shape, gy.dtype)
     if not gy.size or not gw.size:
         gw[...] = 0
         return gw
     kernel, c, o = w_shape[:2], w_shape[2], w_shape[3]
     rest = -o % panel_width(gy.dtype)
-    gy = np.pad(gy, ((0, 0), (0, 0), (0, 0), (0, rest))) if rest else contiguous(gy)  # it is read in whole panels
+    gy = contiguous(gy)
+    if rest:  # it is read in whole panels
+        gy = np.pad(gy, ((0, 0), (0, 0), (0, 0), (0, rest)))
     rows, size = _bands(x.shape, kernel, stride, padding, gy.shape[1], gy.itemsize)
     line = (x.shape[2] + 2 * padding[1]) * c
     table = (np.arange(kernel[0])[:, None] * line + np.arange(kernel[1] * c)).reshape(-1)

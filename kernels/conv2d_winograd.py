@@ -18,6 +18,7 @@ from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .conv2d_few_channels import FEW
 from .dispatch import plain_floats
 from .im2col import output_shape
+from .memory import LINE as CACHE_LINE
 from .memory import contiguous, empty, past_caches, scratch
 from .pack import swap_channels
 from .simd import distance, lanes, splat
@@ -266,14 +267,14 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     if own:
         u = empty((workers, square * (w.shape[2] * width + LINE)), y.dtype)
     else:
-        u = derived(w, algorithm, lambda: _planes_of(algorithm, w))
+        u = derived(w, type(algorithm), lambda: _planes_of(algorithm, w))
     w = contiguous(w)
     page = -(-max(x.shape[3], o) // width) * width
     size = 2 * page + square * (block * (depth + width) + 2 * LINE)
     work = scratch((workers, size), y.dtype)
     floor = y.dtype.type(0 if relu else -np.inf)
     plus = y if residual is None else contiguous(residual)
-    past = past_caches(y) and o % lane == 0
+    past = past_caches(y) and o % lane == 0 and lane * y.itemsize == CACHE_LINE  # no half lines
     _forward(algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, past, work)
     return y
 
@@ -420,8 +421,8 @@ def _same_parity(padding):
     return padding[0] % 2 == padding[1] % 2
 
 
-# The weights are transformed at every call; with few tiles that, and reading 36 or 81 planes of them instead of 9,
-# costs more than the multiplications saved (measured at batch 1: break-even near 8 tiles at stride 1, 32 at stride 2).
+# Weights that are not constant are transformed at every call; with few tiles that, and reading 36 or 81 planes of them
+# instead of 9, costs more than the multiplications saved (at batch 1: break-even near 8 tiles at stride 1, 32 at 2).
 ENOUGH_TILES = {1: 8, 2: 32}
 
 

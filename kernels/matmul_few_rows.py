@@ -15,7 +15,7 @@ from .dispatch import plain_floats
 from .matmul import matmul
 from .memory import contiguous, empty
 from .simd import broadcast, fma, lanes, load, splat, store, unrolled
-from .tile import clip, part
+from .tile import clip, panel_width, part
 
 MOST_ROWS = 16  # with more, each number of B is used often enough to be packed
 DEEP = 8  # rows of B at once
@@ -27,7 +27,12 @@ def _few_rows(a, b, out=None, *, bias=None, relu=False):
     return two and a.shape[0] <= MOST_ROWS and b.flags.c_contiguous and b.flags.aligned
 
 
-@matmul.variant("few_rows", supports=_few_rows, auto=lambda a, b, out=None, **epilogue: b.shape[1] > 1)
+def _wide(a, b, out=None, **epilogue):
+    """The fixed rule of "fastest": columns for two whole vectors; those that are left go through masks, one by one."""
+    return b.shape[1] >= panel_width(b.dtype)
+
+
+@matmul.variant("few_rows", supports=_few_rows, auto=_wide)
 def matmul_few_rows(a, b, out=None, *, bias=None, relu=False):
     """B is read once, from end to end, and never packed: for 16 rows or fewer"""
     if a.shape[1] != b.shape[0]:
@@ -37,7 +42,7 @@ def matmul_few_rows(a, b, out=None, *, bias=None, relu=False):
         out = empty((a.shape[0], n), a.dtype)
     c = out if out.flags.c_contiguous and out.flags.aligned else empty(out.shape, out.dtype)
     blank = np.zeros(n, c.dtype) if bias is None else contiguous(bias)
-    workers = max(1, min(threads.count(), b.size // STRIP))
+    workers = max(1, min(threads.count(), b.size // STRIP, n // panel_width(b.dtype)))
     _few(contiguous(a), contiguous(b).reshape(b.size), blank, c.dtype.type(0 if relu else -np.inf), c, workers)
     if c is not out:
         out[...] = c
@@ -46,10 +51,10 @@ def matmul_few_rows(a, b, out=None, *, bias=None, relu=False):
 
 @njit(parallel=True, cache=True)
 def _few(a, b, bias, floor, c, workers):
-    n = lanes(c)
-    vectors, strip = (c.shape[1] + n - 1) // n, STRIP // max(1, c.shape[0]) // n * n
+    n = 2 * lanes(c)  # columns are shared, and taken, in pairs of vectors
+    pairs, strip = (c.shape[1] + n - 1) // n, STRIP // max(1, c.shape[0]) // n * n
     for worker in prange(workers):
-        left, right = part(worker, workers, vectors)
+        left, right = part(worker, workers, pairs)
         for first in range(left * n, min(c.shape[1], right * n), strip):
             _strip(a, b, bias, floor, c, first, min(strip, min(c.shape[1], right * n) - first))
 

@@ -499,7 +499,7 @@ def stream(x, i, v):
 
     An ordinary store first reads the line that it is about to overwrite. For a result that is larger than the caches,
     and so will have to be read from memory anyway, that is a third of all traffic of a pass that reads one array and
-    writes another.
+    writes another. Other threads may see it late: when this one has passed a barrier, such as the end of a prange.
     """
     kind = vector_of(_element(x))
     v = _as(kind, v)

@@ -461,13 +461,15 @@ def fold_batch_norm(model: Module) -> Module:
         for first, second in module.folds:
             layer: Any = layers.get(first)
             norm: Any = layers.get(second)
+            if isinstance(layer, Identity) and isinstance(norm, FOLDS):
+                continue  # folded before
             if not _fits(layer, norm):
                 raise ValueError(
                     f"{name or type(model).__name__}: cannot fold {second!r} ({_described(norm)}) into {first!r} "
                     f"({_described(layer)}): expected a convolution or linear layer, and a batch norm of its channels"
                 )
             module._replace(second, _folded(layer, norm))
-            module._replace(first, Identity())
+            module._replace(first, Identity().eval())
             found += 1
     if not found:
         raise ValueError(
@@ -503,12 +505,14 @@ def freeze(model: Module) -> Module:
     """A copy of `model` for inference: batch norms folded (`fold_batch_norm`), no gradients, weights constant.
 
     Of constant weights the kernels keep what they otherwise make at every call: panels, and Winograd's planes, which
-    take four times the memory of 3x3 weights. Nothing can be written to them any more: load and train the original.
-    Raises ValueError in training mode.
+    take four times the memory of 3x3 weights, nine times at stride 2. Nothing can be written to them any more: load and
+    train the original. A copy of it, or what `to()` makes of it, is not constant: freeze it again. Raises ValueError in
+    training mode, and as `fold_batch_norm` does if there are batch norms that cannot be folded.
     """
     if any(module.training for _, module in model.named_modules()):
         raise ValueError("freeze in training mode: a frozen model cannot learn; call model.eval() first")
-    if any(module.folds for _, module in model.named_modules()):
+    named = ((dict(module._attributes()), module.folds) for _, module in model.named_modules())
+    if any(isinstance(layers.get(first), FOLDS) for layers, folds in named for first, _ in folds):
         model = fold_batch_norm(model)
     else:
         model = copy.deepcopy(model, {id(p): Parameter(p.data.copy()) for p in model.parameters()})

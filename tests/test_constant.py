@@ -129,6 +129,27 @@ def test_a_model_in_training_is_not_frozen():
         nn.freeze(alexnet_cifar(width=1 / 16))
 
 
+def test_freezing_twice_and_freezing_a_folded_model():
+    model = resnet18(width=1 / 8).eval()
+    x = Tensor(random(2, 32, 32, 3))
+    once = nn.freeze(model)
+    for again in (nn.freeze(once), nn.freeze(nn.fold_batch_norm(model)), nn.freeze(nn.freeze(model).eval())):
+        np.testing.assert_allclose(again(x).numpy(), once(x).numpy(), rtol=1e-4, atol=1e-5)
+        assert all(constant.is_constant(p.data) for p in again.parameters())
+
+
+def test_what_cannot_be_folded_is_frozen_all_the_same():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    x = Tensor(random(2, 4))
+    np.testing.assert_allclose(nn.freeze(model)(x).numpy(), model(x).numpy(), rtol=1e-5)
+
+
+def test_a_pointwise_convolution_keeps_the_panels_of_its_matrix():
+    w = constant.constant(random(1, 1, 16, 40))
+    conv2d(random(3, 8, 8, 16), w, (1, 1), (0, 0), (1, 1), 1)
+    assert "panels" in constant._kept[id(constant._kept[id(w)]["matrix"])]
+
+
 def test_kernels_take_an_alias_of_what_may_not_be_written_to():
     x = random(4, 5)
     x.flags.writeable = False

@@ -171,6 +171,23 @@ def test_no_channels(policy, c, o, kernel):
     np.testing.assert_array_equal(w.grad, np.zeros(w.shape))
 
 
+def test_gradients_in_another_order_of_memory():
+    """gy is Fortran-ordered where the output was transposed, and has no whole panels."""
+    rng = np.random.default_rng(0)
+    x, w = Tensor(rng.standard_normal((3, 8, 8, 3)), True), Tensor(rng.standard_normal((3, 3, 3, 40)), True)
+    t = rng.standard_normal((40, 8, 8, 3))
+    (F.conv2d(x, w, padding=1).transpose(3, 2, 1, 0) * Tensor(t)).sum().backward()
+    with nc.using("reference"):
+        expected = conv.conv2d_grad_w(t.transpose(3, 2, 1, 0), x.data, w.shape, (1, 1), (1, 1), (1, 1), 1)
+    np.testing.assert_allclose(w.grad, expected, rtol=1e-9)
+
+
+def test_an_image_smaller_than_the_kernel_is_refused_without_channels_too():
+    x, w = Tensor(np.zeros((1, 0, 5, 30), np.float32)), Tensor(np.zeros((1, 1, 30, 4), np.float32))
+    with pytest.raises(ValueError, match="larger than the padded image"):
+        F.conv2d(x, w)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("o", [32, 48, 33])
 def test_results_larger_than_the_caches(monkeypatch, stride, o):

@@ -88,8 +88,7 @@ def conv2d(
     geometry: dict[str, Any] = dict(
         stride=pair("stride", stride, 1), padding=pair("padding", padding, 0), dilation=pair("dilation", dilation, 1)
     )
-    if residual is not None:
-        check_residual("conv2d", (*output_shape(x.shape, w.shape[:2], **geometry), w.shape[3]), x.dtype, residual)
+    check_residual("conv2d", (*output_shape(x.shape, w.shape[:2], **geometry), w.shape[3]), x.dtype, residual)
     if fuse.value == "on":
         more = {name: t for name, t in (("bias", b), ("residual", residual)) if t is not None}
         return FusedConv2d.apply(x, w, *more.values(), names=tuple(more), relu=relu, **geometry, groups=groups)
