@@ -2,8 +2,8 @@
 
 A pixel of three channels is no vector, and eight addresses for three numbers each cost more than the arithmetic. But in
 a row of an image the pixels lie side by side: a row of a 3x3 kernel meets nine numbers in a row, and the output beside
-it the nine that begin `stride` pixels further. So the register tile takes eight outputs side by side (ROWS of them), and
-each row of the kernel is one short product with a fixed distance between the tile's rows; no table, no columns.
+it the nine that begin `stride` pixels further. So the register tile takes eight outputs side by side (ROWS of them),
+and each row of the kernel is one short product with a fixed distance between the tile's rows; no table, no columns.
 
 What stands in the way is the border. A band of the image, a few rows, is copied into L1 with its padding around it:
 3 numbers are copied for the 64 outputs that are computed from them. (The copy is what NVIDIA calls a halo exchange in
