@@ -6,8 +6,8 @@ it the nine that begin `stride` pixels further. So the register tile takes eight
 and each row of the kernel is one short product with a fixed distance between the tile's rows; no table, no columns.
 
 What stands in the way is the border. A band of the image, a few rows, is copied into L1 with its padding around it:
-3 numbers are copied for the 64 outputs that are computed from them. (The copy is what NVIDIA calls a halo exchange in
-shared memory.) The gradient of the weights reads the same band, its tile being eight numbers of the kernel.
+3 numbers are copied for the 64 outputs that are computed from them. The gradient of the weights reads the same band;
+its tile is eight numbers of the kernel.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ FEW = 8  # channels; a vector holds 16
 
 
 def _bands(x_shape, kernel, stride, padding, out_rows, itemsize):
-    """(rows of output in a band, numbers of its padded rows of input)."""
+    """(rows of output in a band, room for its padded rows of input: whole cache lines, no two workers share one)."""
     line = (x_shape[2] + 2 * padding[1]) * x_shape[3]
     room = max(1, L1 // 2 // max(1, line * itemsize))  # rows of input: half of L1 is for weights and outputs
     rows = min(out_rows, max(1, (room - kernel[0]) // stride[0] + 1))
-    return rows, ((rows - 1) * stride[0] + kernel[0]) * line
+    return rows, -(-((rows - 1) * stride[0] + kernel[0]) * line // 16) * 16
 
 
 @njit(cache=True)
@@ -81,25 +81,14 @@ def _forward(x, w, kernel, stride, padding, y, bias, floor, rows, work):
     for worker in prange(workers):
         first, last = part(worker, workers, y.shape[0] * bands)
         for number in range(first, last):
-            _forward_band(
-                x,
-                w,
-                kernel,
-                stride,
-                padding,
-                y,
-                bias,
-                floor,
-                number // bands,
-                number % bands * rows,
-                rows,
-                work[worker],
-            )
+            place = number // bands, number % bands * rows
+            _forward_band(x, w, kernel, stride, padding, y, bias, floor, place, rows, work[worker])
 
 
 @njit(cache=True)
-def _forward_band(x, w, kernel, stride, padding, y, bias, floor, image, top, rows, band):
-    c, (_, oh, ow, o) = x.shape[3], y.shape
+def _forward_band(x, w, kernel, stride, padding, y, bias, floor, place, rows, band):
+    """`rows` rows of y from `place`, (image, row), on, or as many as there are."""
+    (image, top), c, (_, oh, ow, o) = place, x.shape[3], y.shape
     width, low = panel(y), splat(floor, y)
     run, line, step = kernel[1] * c, (x.shape[2] + 2 * padding[1]) * c, stride[1] * c
     rows = min(rows, oh - top)
@@ -152,7 +141,7 @@ def conv2d_few_channels(x, w, stride, padding, dilation, groups, *, bias=None, r
     rows, size = _bands(x.shape, kernel, stride, padding, y.shape[1], y.itemsize)
     workers = max(1, min(threads.count(), y.shape[0] * -(-y.shape[1] // rows)))
     floor = y.dtype.type(0 if relu and not after else -np.inf)
-    work = scratch((workers, -(-size // 16) * 16), y.dtype)
+    work = scratch((workers, size), y.dtype)
     _forward(
         contiguous(x), panels.reshape(panels.size), kernel, tuple(stride), tuple(padding), y, padded, floor, rows, work
     )
@@ -177,24 +166,14 @@ def _grad_w(x, gy, u, kernel, stride, padding, rows, table, work):
         first, last = part(worker, workers, gy.shape[0] * bands)
         u[worker] = 0
         for number in range(first, last):
-            _grad_w_band(
-                x,
-                gy,
-                u[worker],
-                kernel,
-                stride,
-                padding,
-                number // bands,
-                number % bands * rows,
-                rows,
-                table,
-                work[worker],
-            )
+            place = number // bands, number % bands * rows
+            _grad_w_band(x, gy, u[worker], kernel, stride, padding, place, rows, table, work[worker])
 
 
 @njit(cache=True)
-def _grad_w_band(x, gy, u, kernel, stride, padding, image, top, rows, table, band):
-    c, (_, oh, ow, o) = x.shape[3], gy.shape
+def _grad_w_band(x, gy, u, kernel, stride, padding, place, rows, table, band):
+    """What `rows` rows of gy from `place`, (image, row), on add to u."""
+    (image, top), c, (_, oh, ow, o) = place, x.shape[3], gy.shape
     width = panel(gy)
     line, step, depth = (x.shape[2] + 2 * padding[1]) * c, stride[1] * c, u.shape[0]
     rows = min(rows, oh - top)
@@ -233,7 +212,7 @@ def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups
     table = (np.arange(kernel[0])[:, None] * line + np.arange(kernel[1] * c)).reshape(-1)
     workers = max(1, min(threads.count(), gy.shape[0] * -(-gy.shape[1] // rows)))
     u = empty((workers, len(table), o + rest), gy.dtype)
-    work = scratch((workers, -(-size // 16) * 16), gy.dtype)
+    work = scratch((workers, size), gy.dtype)
     _grad_w(contiguous(x), gy, u, tuple(kernel), tuple(stride), tuple(padding), rows, table, work)
     gw[...] = u.sum(axis=0)[:, :o].reshape(w_shape)
     return gw

@@ -22,8 +22,8 @@ from numba import njit, prange
 from . import threads
 from .constant import derived, is_constant
 from .memory import contiguous, scratch
-from .pack import panels_of
-from .simd import lanes, load, prefetch, splat, store, transpose, unrolled
+from .pack import panels_of, swap_square
+from .simd import lanes, load, prefetch, splat, store
 from .tile import (
     ROWS,
     VECTORS,
@@ -154,16 +154,9 @@ def _pack(x, at, row, step, depth, count, work, to):
         for k in range(0, depth, n):
             place = to + i // width * DEPTH * width + k * width + i % width
             if i + n <= count and k + n <= depth:
-                _swap_square(x, at + k + i * step, step, work, place, width)
+                swap_square(x, at + k + i * step, step, work, place, width)
             else:
                 for r in range(min(n, depth - k)):
                     for s in range(n):
                         inside = i + s < count
                         work[place + r * width + s] = x[at + k + r + (i + s) * step] if inside else work.dtype.type(0)
-
-
-@unrolled
-def _swap_square(x, i, stride, y, j, to):
-    """A square of x, transposed, into y."""
-    for k, row in enumerate(transpose([load(x, i + k * stride) for k in range(lanes(x))])):
-        store(y, j + k * to, row)

@@ -55,7 +55,7 @@ def _swap_channels(w, out, turn):
         to = taps - 1 - tap if turn else tap
         for second in range(0, o, n):
             if first + n <= c and second + n <= o:
-                _swap_square(w, (tap * c + first) * o + second, o, out, (to * o + second) * c + first, c)
+                swap_square(w, (tap * c + first) * o + second, o, out, (to * o + second) * c + first, c)
             else:
                 for i in range(first, min(c, first + n)):
                     for j in range(second, min(o, second + n)):
@@ -63,7 +63,7 @@ def _swap_channels(w, out, turn):
 
 
 @unrolled
-def _swap_square(x, i, stride, y, j, to):
+def swap_square(x, i, stride, y, j, to):
     """A square of x, transposed, into y."""
     for k, row in enumerate(transpose([load(x, i + k * stride) for k in range(lanes(x))])):
         store(y, j + k * to, row)
