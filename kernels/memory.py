@@ -39,6 +39,13 @@ pool = Switch(
     off="NumPy's own allocation: fresh pages at every step",
 )
 
+streaming = Switch(
+    "streaming",
+    "how a result larger than half of the L3 cache is written",
+    on="past the caches: its lines are not read first",
+    off="through the caches, as everything else",
+)
+
 SMALL = 128 << 10  # bytes; below it the C library reuses memory itself, and faster than we do
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20  # bytes of a huge page
@@ -267,7 +274,7 @@ if hasattr(os, "register_at_fork"):  # a child must find the books in order, and
 
 def past_caches(y: np.ndarray) -> bool:
     """Whether `y` is better written past the caches (simd.stream): too large to be found there, and aligned for it."""
-    return y.nbytes >= L3 // 2 and y.ctypes.data % LINE == 0
+    return y.nbytes >= L3 // 2 and y.ctypes.data % LINE == 0 and streaming.value == "on"
 
 
 class _Alias:

@@ -202,6 +202,8 @@ def test_results_larger_than_the_caches(monkeypatch, stride, o):
     monkeypatch.setattr(memory, "SMALL", 0)  # all arrays on pages of the pool
     monkeypatch.setattr(memory, "L3", 0)
     assert memory.past_caches(memory.empty((16,), np.float32))
+    with nc.using(streaming="off"):
+        assert not memory.past_caches(memory.empty((16,), np.float32))
     y = conv.conv2d.variants["winograd4"].body(x, w, *geometry, **epilogue)
     np.testing.assert_allclose(y, forward, rtol=1e-3, atol=1e-3)
     y = conv.conv2d.variants["winograd4"].body(x, w, *geometry)
