@@ -228,18 +228,22 @@ def test_shapes_that_do_not_fit(sizes, text):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_peaks_are_measured_once_and_no_kernel_of_numpys_beats_them(dtype, monkeypatch):
-    monkeypatch.setattr(roofline, "_measured", {})
     monkeypatch.setattr(roofline, "SECONDS", 0.05)
-    found = bench.peaks(dtype)
-    assert bench.peaks(dtype) is found
-    assert found.dtype == dtype
     a = np.ones((512, 512), dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    assert found.gflops > 0.5 * 2 * 512**3 / min(times) / 1e9  # half: the machine may have been busy just then
+    peak = product = 0.0
+    for _ in range(20):  # the best of many: other tests run beside this one and take the cores from either
+        monkeypatch.setattr(roofline, "_measured", {})
+        found = bench.peaks(dtype)
+        assert bench.peaks(dtype) is found
+        assert found.dtype == dtype
+        peak = max(peak, found.gflops)
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            product = max(product, 2e-9 * 512**3 / (time.perf_counter() - start))
+        if peak > product:
+            break
+    assert peak > 0.9 * product
     assert found.bandwidth > 0.5
     assert found.roof(1e-6) == pytest.approx(1e-6 * found.bandwidth)
     assert found.roof(1e9) == found.gflops
