@@ -1,7 +1,8 @@
 """Batch norm, with the residual and the ReLU that may follow it, in four passes: two forward, two backward.
 
-Statistics, then one multiply-add an element, and the same backward. Each pass reads what it needs once. What happens
-between the passes concerns (C,) numbers and is calculus, which lives in functional/norm.py.
+Statistics, then one multiply-add an element, and the same backward. Each pass reads what it needs once. Between the
+passes there is some calculus of (C,) numbers (functional/norm.py says why): nothing to compute, but each line of NumPy
+costs 2 to 10 microseconds, more than the arithmetic of a whole image. So it is compiled, too.
 
 ReLU's mask is kept nowhere. Backward finds it again from x, which it reads anyway: one multiply-add, where reading y
 would be a third more traffic. With a residual in the sum y cannot be had from x; then the first pass backward reads y,
@@ -10,9 +11,11 @@ and writes the masked gradient, which the residual needs and from which the seco
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
 from . import rows
 from .dispatch import Primitive, xp_of
@@ -42,8 +45,17 @@ def batch_norm_stats(x):
 def batch_norm_stats_numba(x):
     """one pass: sums of x - k and of its square, k being the first row, so that a large mean cancels before squaring"""
     (x,) = rows.rows_of(x)
-    shifted, squares = rows.run(_Moments(x, x[0]), *x.shape, sums=2) / len(x)
-    return (x[0] + shifted).astype(x.dtype), np.maximum(squares - shifted**2, 0).astype(x.dtype)
+    mean, var = np.empty((2, x.shape[1]), x.dtype)
+    _moments(x[0], rows.run(_Moments(x, x[0]), *x.shape, sums=2), len(x), mean, var)
+    return mean, var
+
+
+@njit(cache=True)
+def _moments(k, totals, count, mean, var):
+    for c in range(k.size):
+        shifted = totals[0, c] / count
+        mean[c] = k[c] + shifted
+        var[c] = max(totals[1, c] / count - shifted * shifted, 0.0)
 
 
 class _Moments(NamedTuple):
@@ -58,6 +70,48 @@ class _Moments(NamedTuple):
 @batch_norm_stats.work
 def _(x):
     return 4 * x.size, x.nbytes
+
+
+@Primitive(inplace=True)
+def batch_norm_running(running_mean, running_var, mean, var, momentum, rows):
+    """running = (1 - momentum) running + momentum batch, in place: (C,); the variance unbiased, of `rows` rows."""
+    running_mean += (momentum * (mean - running_mean)).astype(running_mean.dtype)
+    running_var += (momentum * (var * (rows / (rows - 1)) - running_var)).astype(running_var.dtype)
+
+
+@batch_norm_running.variant("numba")
+def batch_norm_running_numba(running_mean, running_var, mean, var, momentum, rows):
+    """one call"""
+    _running(running_mean, running_var, mean, var, float(momentum), rows / (rows - 1))
+
+
+@njit(cache=True)
+def _running(running_mean, running_var, mean, var, momentum, unbiased):
+    for c in range(mean.size):
+        running_mean[c] += momentum * (mean[c] - running_mean[c])
+        running_var[c] += momentum * (unbiased * var[c] - running_var[c])
+
+
+@Primitive
+def batch_norm_scale(var, weight, eps):
+    """(C,) arrays -> rstd = 1 / sqrt(var + eps), and weight rstd."""
+    rstd = 1 / xp_of(var).sqrt(var + eps)
+    return rstd, weight * rstd
+
+
+@batch_norm_scale.variant("numba")
+def batch_norm_scale_numba(var, weight, eps):
+    """one call"""
+    rstd, scale = np.empty((2, var.size), var.dtype)
+    _scale(var, weight, float(eps), rstd, scale)
+    return rstd, scale
+
+
+@njit(cache=True, error_model="numpy")
+def _scale(var, weight, eps, rstd, scale):
+    for c in range(var.size):
+        rstd[c] = 1 / math.sqrt(var[c] + eps)
+        scale[c] = weight[c] * rstd[c]
 
 
 @Primitive
@@ -106,6 +160,16 @@ class _ApplyPast(_Apply):
         rows.past(self.y, i, v, count)
 
 
+@batch_norm_running.work
+def _(running_mean, running_var, mean, var, momentum, rows):
+    return 7 * mean.size, 6 * mean.nbytes
+
+
+@batch_norm_scale.work
+def _(var, weight, eps):
+    return 4 * var.size, 4 * var.nbytes
+
+
 @batch_norm_apply.work
 def _(x, mean, scale, shift, residual=None, relu=False):
     return 3 * x.size, (3 if residual is not None else 2) * x.nbytes
@@ -133,7 +197,7 @@ def batch_norm_grad_stats_numba(gy, x, mean, scale=None, shift=None):
     if shift is None:
         scale, shift = mean, _no_relu(mean)
     one_pass = _Products(*rows.rows_of(gy, x, mean, scale, shift))
-    return tuple(rows.run(one_pass, *one_pass.x.shape, sums=2).astype(x.dtype))
+    return tuple(rows.run(one_pass, *one_pass.x.shape, sums=2, dtype=x.dtype))
 
 
 def _no_relu(like):
@@ -173,7 +237,7 @@ def batch_norm_residual_grad_stats_numba(gy, y, x, mean):
     masked = empty_like(x)
     kind = _MaskedProductsPast if rows.whole_and_past(masked) else _MaskedProducts
     one_pass = kind(*rows.rows_of(gy, y, x, mean, masked))
-    return masked, *rows.run(one_pass, *one_pass.x.shape, sums=2).astype(x.dtype)
+    return masked, *rows.run(one_pass, *one_pass.x.shape, sums=2, dtype=x.dtype)
 
 
 class _MaskedProducts(NamedTuple):
@@ -201,6 +265,33 @@ class _MaskedProductsPast(_MaskedProducts):
 @batch_norm_residual_grad_stats.work
 def _(gy, y, x, mean):
     return 5 * x.size, 4 * x.nbytes
+
+
+@Primitive
+def batch_norm_shares(gb, products, rstd, rows):
+    """(C,) sums of gy and of gy (x - mean) -> gw, and the a and b of `batch_norm_grad` for statistics of `rows` rows.
+
+    gw = sum(gy h) with h = (x - mean) rstd; a = sum(gy) / rows; b = gw rstd / rows. `rows` is infinite where mean and
+    variance were given, and not taken from x.
+    """
+    gw, share = products * rstd, 1 / max(1, rows)
+    return gw, gb * share, gw * rstd * share
+
+
+@batch_norm_shares.variant("numba")
+def batch_norm_shares_numba(gb, products, rstd, rows):
+    """one call"""
+    gw, a, b = np.empty((3, gb.size), gb.dtype)
+    _shares(gb, products, rstd, 1 / max(1, rows), gw, a, b)
+    return gw, a, b
+
+
+@njit(cache=True)
+def _shares(gb, products, rstd, share, gw, a, b):
+    for c in range(gb.size):
+        gw[c] = products[c] * rstd[c]
+        a[c] = gb[c] * share
+        b[c] = gw[c] * rstd[c] * share
 
 
 @Primitive
@@ -247,6 +338,11 @@ class _Grad(NamedTuple):
 class _GradPast(_Grad):
     def write(self, i, v, count):
         rows.past(self.gx, i, v, count)
+
+
+@batch_norm_shares.work
+def _(gb, products, rstd, rows):
+    return 4 * gb.size, 6 * gb.nbytes
 
 
 @batch_norm_grad.work

@@ -7,15 +7,17 @@ and dilation are pairs (rows, columns).
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 
 from .constant import derived
-from .dispatch import Primitive, plain_floats, xp_of
+from .dispatch import Primitive, aside, plain_floats, xp_of
 from .elementwise import as_rows
 from .epilogue import finish
 from .im2col import col2im, col2im_into, im2col, im2col_into, output_shape
 from .matmul import matmul
-from .memory import empty
+from .memory import clear, contiguous, empty
 
 # ------------------------------------------------------------------ the reference: im2col, GEMM, col2im
 
@@ -100,7 +102,7 @@ def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups, *, 
     kernel, width = w.shape[:2], w.shape[0] * w.shape[1] * w.shape[2]
     n, oh, ow, o = gy.shape
     gx = empty(x_shape, gy.dtype)
-    gy, w = np.ascontiguousarray(gy), as_rows(w)
+    gy, w = contiguous(gy), as_rows(w)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
         cols = empty(((block.stop - block.start) * oh * ow, width), gy.dtype)
         matmul(gy[block].reshape(len(cols), o), w.T, out=cols)
@@ -113,12 +115,13 @@ def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups):
     """the sum over blocks of images of (columns transposed times gy)"""
     kernel, width = w_shape[:2], w_shape[0] * w_shape[1] * w_shape[2]
     n, oh, ow, o = gy.shape
-    gy = np.ascontiguousarray(gy)
-    gw, of_block = np.zeros((width, o), gy.dtype), np.empty((width, o), gy.dtype)
+    gy = contiguous(gy)
+    gw, of_block = empty((width, o), gy.dtype), empty((width, o), gy.dtype)
+    clear(gw)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
         cols = empty(((block.stop - block.start) * oh * ow, width), gy.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
-        gw += matmul(cols.T, as_rows(gy[block]), out=of_block)
+        aside(operator.iadd, gw, matmul(cols.T, as_rows(gy[block]), out=of_block))
     return gw.reshape(w_shape)
 
 

@@ -26,7 +26,7 @@ from numba import njit, prange
 from . import threads
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .conv2d_direct import conv2d_direct  # noqa: F401 (the rung before this one on the ladder)
-from .dispatch import plain_floats
+from .dispatch import aside, plain_floats
 from .epilogue import finish
 from .im2col import output_shape
 from .memory import contiguous, empty
@@ -255,10 +255,11 @@ def _run(plan, x, w, y, bias=None, residual=None, relu=False):
 
 @njit(parallel=True, cache=True)
 def _gather(plan, x, gy, u, blank, offsets, listed):
-    """Each worker sums its share of the rows of gy into u[worker, 0] (taps, C), by way of u[worker, 1]; both are 0."""
+    """Each worker sums its share of the rows of gy into u[worker, 0] (taps, C), by way of u[worker, 1]."""
     workers = listed.shape[0]
     for worker in prange(workers):
         share = part(worker, workers, gy.shape[0] * gy.shape[1])
+        u[worker] = 0
         _gather_rows(plan, x, gy, u[worker, 0], u[worker, 1], blank, share, offsets[worker], listed[worker])
 
 
@@ -370,7 +371,7 @@ def conv2d_grad_x_depthwise(gy, w, x_shape, stride, padding, dilation, groups, *
     plan = _plan(tuple(x_shape[1:3]), gy.shape[1:3], w.shape[:2], *geometry, backwards=True)
     turned = w[::-1, ::-1, 0] if geometry[0] == (1, 1) else w[:, :, 0]
     _run(plan, contiguous(gy), contiguous(turned), gx, residual=residual if single else None)
-    return gx if single else finish(gx.reshape(*x_shape, w.shape[3] // groups).sum(axis=-1), residual=residual)
+    return gx if single else finish(aside(np.sum, gx.reshape(*x_shape, w.shape[3] // groups), -1), residual=residual)
 
 
 @conv2d_grad_w.variant(
@@ -385,6 +386,6 @@ def conv2d_grad_w_depthwise(gy, x, w_shape, stride, padding, dilation, groups):
         return np.zeros(w_shape, gy.dtype)
     plan = _plan(gy.shape[1:3], x.shape[1:3], (kh, kw), tuple(stride), tuple(padding), tuple(dilation))
     workers = min(threads.count(), gy.shape[0] * gy.shape[1])
-    u, blank = np.zeros((workers, 2, kh * kw, o), gy.dtype), np.zeros(o, gy.dtype)
+    u, blank = empty((workers, 2, kh * kw, o), gy.dtype), np.zeros(o, gy.dtype)
     _gather(plan, _each_output(x, o), contiguous(gy), u, blank, *_room(plan, workers))
-    return u[:, 0].sum(axis=0).reshape(w_shape)
+    return aside(np.sum, u[:, 0], 0).reshape(w_shape)

@@ -14,6 +14,8 @@ accumulates tiles of weights, eight channels by a panel, over blocks of pixels, 
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 from numba import njit, prange
 
@@ -21,9 +23,10 @@ from . import threads
 from .caches import L2
 from .constant import derived, is_constant
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x, is_pointwise
-from .epilogue import finish
+from .dispatch import aside
+from .epilogue import finish, padded_bias
 from .im2col import output_shape
-from .memory import contiguous, empty, scratch
+from .memory import clear, contiguous, empty, scratch
 from .pack import panels_of, swap_channels
 from .simd import distance, lanes, load, minimum, splat, store, unrolled
 from .tile import (
@@ -183,9 +186,7 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     packed = rows > FEW_ROWS or o % width != 0 or groups > 1 or is_constant(w)
     if packed:
         w = derived(w, "panels", lambda: panels_of(w))
-    padded = np.zeros(y.shape[3] + width, y.dtype)
-    if bias is not None:
-        padded[: y.shape[3]] = bias
+    padded = padded_bias(bias, y.shape[3] + width, y.dtype)
     by_panels = rows < threads.count() * FEW_ROWS and -(-o // width) >= 2 * threads.count()
     workers = threads.count() if by_panels else max(1, min(threads.count(), rows // ROWS))
     reach = max(1, number * x.shape[3]) * y.itemsize  # what a position reads, at most
@@ -231,7 +232,7 @@ def conv2d_grad_x_direct(gy, w, x_shape, stride, padding, dilation, groups, *, r
     """the same loop from gy to x, one residue class of pixels modulo the stride at a time"""
     gx, gy = empty(x_shape, gy.dtype), contiguous(gy)
     if not gx.size or not gy.size:
-        gx[...] = 0
+        clear(gx)
         return finish(gx, residual=residual)
     parts = [swap_channels(part) for part in np.split(w, groups, axis=3)]  # (KH, KW, O/groups, C/groups)
     for a in range(min(stride[0], x_shape[1])):
@@ -244,10 +245,10 @@ def conv2d_grad_x_direct(gy, w, x_shape, stride, padding, dilation, groups, *, r
                 ),
                 strict=True,
             )
-            part = [p[np.ix_(*which)].reshape(-1, p.shape[3]) for p in parts]
+            part = [aside(operator.getitem, p, np.ix_(*which)).reshape(-1, p.shape[3]) for p in parts]
             _run(
                 gy,
-                np.stack(part) if groups > 1 else part[0][None],
+                aside(np.stack, part) if groups > 1 else part[0][None],
                 gx,
                 taps,
                 (1, 1),
@@ -323,9 +324,10 @@ def _grad_w_share(x, gy, u, taps, step, share, block, work, table):
 @conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g: _pays(shape, s, p, g))
 def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups):
     """tiles of weights stay in registers while a block of pixels and of gy passes"""
-    gw = np.zeros(w_shape, gy.dtype)
+    gw = empty(w_shape, gy.dtype)
     rows = gy.shape[0] * gy.shape[1] * gy.shape[2]
     if not rows or not gw.size:
+        clear(gw)
         return gw
     kh, kw, c, o = w_shape
     taps = tuple(np.arange(k) * d - p for k, d, p in zip((kh, kw), dilation, padding, strict=True))
@@ -337,6 +339,11 @@ def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups):
     work, tables = scratch((workers, size), gy.dtype), np.empty((workers, block * kh * kw), np.int64)
     u = empty((workers, groups, kh * kw * c, -(-o // groups // width) * width), gy.dtype)
     _gather_grad(contiguous(x), contiguous(gy), u, taps, tuple(stride), block, work, tables)
-    total = u.sum(axis=0)[..., : o // groups] if workers > 1 else u[0, ..., : o // groups]
-    gw.reshape(kh * kw * c, groups, o // groups)[...] = total.transpose(1, 0, 2)
+    aside(_add_up, u, gw.reshape(kh * kw * c, groups, o // groups))
     return gw
+
+
+def _add_up(u, gw):
+    """What the workers have found: (workers, G, K, panels) -> (K, G, O/G)."""
+    total = u.sum(axis=0) if len(u) > 1 else u[0]
+    gw[...] = total[..., : gw.shape[2]].transpose(1, 0, 2)

@@ -19,10 +19,10 @@ from . import threads
 from .caches import L1
 from .constant import derived
 from .conv2d import conv2d, conv2d_grad_w
-from .dispatch import plain_floats
-from .epilogue import finish
+from .dispatch import aside, plain_floats
+from .epilogue import finish, padded_bias
 from .im2col import output_shape
-from .memory import contiguous, empty, scratch
+from .memory import clear, contiguous, empty, scratch
 from .pack import panels_of
 from .simd import minimum, splat, unrolled
 from .tile import (
@@ -134,9 +134,7 @@ def conv2d_few_channels(x, w, stride, padding, dilation, groups, *, bias=None, r
     if not y.size:
         return y
     after = residual is not None  # then bias and ReLU come after, too
-    padded = np.zeros(-(-o // panel_width(y.dtype)) * panel_width(y.dtype), y.dtype)
-    if bias is not None and not after:
-        padded[:o] = bias
+    padded = padded_bias(None if after else bias, -(-o // panel_width(y.dtype)) * panel_width(y.dtype), y.dtype)
     panels = derived(w, "panels", lambda: panels_of(contiguous(w).reshape(1, -1, o)))
     rows, size = _bands(x.shape, kernel, stride, padding, y.shape[1], y.itemsize)
     workers = max(1, min(threads.count(), y.shape[0] * -(-y.shape[1] // rows)))
@@ -200,13 +198,13 @@ def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups
     """up to 8 channels: the tile is eight numbers of the kernel (ROWS), and gy passes once for each eight"""
     gw = empty(w_shape, gy.dtype)
     if not gy.size or not gw.size:
-        gw[...] = 0
+        clear(gw)
         return gw
     kernel, c, o = w_shape[:2], w_shape[2], w_shape[3]
     rest = -o % panel_width(gy.dtype)
     gy = contiguous(gy)
     if rest:  # it is read in whole panels
-        gy = np.pad(gy, ((0, 0), (0, 0), (0, 0), (0, rest)))
+        gy = aside(np.pad, gy, ((0, 0), (0, 0), (0, 0), (0, rest)))
     rows, size = _bands(x.shape, kernel, stride, padding, gy.shape[1], gy.itemsize)
     line = (x.shape[2] + 2 * padding[1]) * c
     table = (np.arange(kernel[0])[:, None] * line + np.arange(kernel[1] * c)).reshape(-1)
@@ -214,5 +212,10 @@ def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups
     u = empty((workers, len(table), o + rest), gy.dtype)
     work = scratch((workers, size), gy.dtype)
     _grad_w(contiguous(x), gy, u, tuple(kernel), tuple(stride), tuple(padding), rows, table, work)
-    gw[...] = u.sum(axis=0)[:, :o].reshape(w_shape)
+    aside(_add_up, u, gw)
     return gw
+
+
+def _add_up(u, gw):
+    """What the workers have found."""
+    gw[...] = u.sum(axis=0)[:, : gw.shape[3]].reshape(gw.shape)

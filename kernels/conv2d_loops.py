@@ -18,6 +18,7 @@ from numba import njit, prange
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .epilogue import finish
 from .im2col import output_shape
+from .memory import contiguous
 
 
 @njit(parallel=True, cache=True)
@@ -79,7 +80,7 @@ def _grad_w(gy, x, gw, stride, padding, dilation, outputs):
 def conv2d_loops(x, w, stride, padding, dilation, groups, **epilogue):
     """the textbook's seven loops: a pixel and a weight from memory for each multiplication"""
     y = np.empty((*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]), x.dtype)
-    x, w = np.ascontiguousarray(x), np.ascontiguousarray(w)
+    x, w = contiguous(x), contiguous(w)
     _forward(x, w, y, tuple(stride), tuple(padding), tuple(dilation), w.shape[3] // groups)
     return finish(y, **epilogue)
 
@@ -88,7 +89,7 @@ def conv2d_loops(x, w, stride, padding, dilation, groups, **epilogue):
 def conv2d_grad_x_loops(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """the same seven loops, in which gy and w meet and add to x's gradient"""
     gx = np.zeros(x_shape, gy.dtype)
-    gy, w = np.ascontiguousarray(gy), np.ascontiguousarray(w)
+    gy, w = contiguous(gy), contiguous(w)
     _grad_x(gy, w, gx, tuple(stride), tuple(padding), tuple(dilation), w.shape[3] // groups)
     return finish(gx, residual=residual)
 
@@ -97,6 +98,6 @@ def conv2d_grad_x_loops(gy, w, x_shape, stride, padding, dilation, groups, *, re
 def conv2d_grad_w_loops(gy, x, w_shape, stride, padding, dilation, groups):
     """the same seven loops, the sum over images and positions innermost"""
     gw = np.empty(w_shape, gy.dtype)
-    gy, x = np.ascontiguousarray(gy), np.ascontiguousarray(x)
+    gy, x = contiguous(gy), contiguous(x)
     _grad_w(gy, x, gw, tuple(stride), tuple(padding), tuple(dilation), w_shape[3] // groups)
     return gw

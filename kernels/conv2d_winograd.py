@@ -17,9 +17,10 @@ from .constant import derived, is_constant
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .conv2d_few_channels import FEW
 from .dispatch import plain_floats
+from .epilogue import padded_bias
 from .im2col import output_shape
 from .memory import LINE as CACHE_LINE
-from .memory import contiguous, empty, past_caches, scratch
+from .memory import clear, contiguous, empty, past_caches, scratch
 from .pack import swap_channels
 from .simd import distance, lanes, splat
 from .tile import (
@@ -252,9 +253,7 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     width = panel_width(y.dtype)
     panels = -(-o // width)
     square = algorithm.planes**2
-    padded = np.zeros(panels * width, y.dtype)
-    if bias is not None:
-        padded[:o] = bias
+    padded = padded_bias(bias, panels * width, y.dtype)
     tiles = y.shape[0] * -(-y.shape[1] // algorithm.outputs) * -(-y.shape[2] // algorithm.outputs)
     lane = width // VECTORS
     depth = -(-x.shape[3] // lane) * lane
@@ -362,7 +361,7 @@ def _run_grad_w(algorithm, gy, x, w_shape, first):
     panels, square = -(-o // width), algorithm.planes**2
     tiles = gy.shape[0] * -(-gy.shape[1] // algorithm.outputs) * -(-gy.shape[2] // algorithm.outputs)
     if not gw.size or not tiles or not x.size:
-        gw[...] = 0
+        clear(gw)
         return gw
     workers = min(threads.count(), tiles)
     planes_of_u = square * (c * panels * width + LINE)

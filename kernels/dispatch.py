@@ -371,15 +371,7 @@ class Primitive:
         active = recorder  # one look: a profile may end in another thread while this call runs
         if active is None:
             return variant.body(*args, **kwargs)
-        start = time.perf_counter()
-        active.enter(self.name, "kernel")
-        try:
-            return variant.body(*args, **kwargs)
-        finally:
-            stop = time.perf_counter()
-            flops, moved = self.count_work(*args, **kwargs) if self.count_work else (0, 0)
-            shapes = describe(args, kwargs)
-            active.leave(start, stop, variant=variant.name, flops=flops, bytes=moved, shapes=shapes)
+        return active.kernel(self, variant, args, kwargs)
 
     def __repr__(self) -> str:
         return f"<Primitive {self.name}: {', '.join(self.variants)}>"
@@ -410,7 +402,52 @@ def describe(args: tuple, kwargs: dict) -> str:
 
 # ------------------------------------------------------------------ recording: what ran, when
 
-recorder: Any = None  # set by nanocnn.profile: enter(name, kind), leave(start, stop, **facts)
+recorder: Recorder | None = None  # set by nanocnn.profile and nanocnn.capture, for as long as they record
+
+
+class Recorder:
+    """What is told of every call of a primitive and of every `span`, and of layers by nn.Module."""
+
+    def enter(self, name: str, kind: str) -> None:
+        """A span, or a kernel, begins."""
+
+    def leave(self, start: float, stop: float, **facts: Any) -> None:
+        """The last one that began has ended."""
+
+    def layer(self, module: Any) -> str:
+        """A name for a module."""
+        return type(module).__name__
+
+    def op(self, op: Any, kind: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run an op's forward or backward, and return what it returns; here, as a span of that kind."""
+        facts = {"layer": op.layer} if kind == "backward" else {}
+        with span(type(op).__name__, kind, **facts):
+            return function(*args, **kwargs)
+
+    def aside(self, function: Callable, args: tuple) -> Any:
+        """Run what was given to `aside`, and return what it returns."""
+        return function(*args)
+
+    def kernel(self, primitive: Primitive, variant: Variant, args: tuple, kwargs: dict) -> Any:
+        """Run the variant's body and return what it returns; here, as a span of the kind "kernel"."""
+        start = time.perf_counter()
+        self.enter(primitive.name, "kernel")
+        try:
+            return variant.body(*args, **kwargs)
+        finally:
+            stop = time.perf_counter()
+            count = primitive.count_work
+            flops, moved = count(*args, **kwargs) if count else (0, 0)
+            shapes = describe(args, kwargs)
+            self.leave(start, stop, variant=variant.name, flops=flops, bytes=moved, shapes=shapes)
+
+
+def aside(function: Callable, *args: Any) -> Any:
+    """function(*args): something that NumPy does with arrays beside what primitives do, such as a copy.
+
+    Inside an op that calls primitives, it must be said so: a recording of the calls would not know of it.
+    """
+    return function(*args) if recorder is None else recorder.aside(function, args)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
-from .memory import empty, empty_like
+from .memory import contiguous, empty, empty_like
 from .random import philox_blocks, random_bits
 
 
@@ -39,7 +39,7 @@ def dropout_numba(x, samples, p, seed, epoch, stream):
     key = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     place = np.uint32(stream & 0xFFFFFFFF), np.uint32(epoch & 0xFFFFFFFF)
     how = np.uint32(_threshold(p)), _scale(p, x.dtype)
-    _dropout(np.ascontiguousarray(x), samples.astype(np.uint32), *place, *key, *how, y, mask)
+    _dropout(contiguous(x), samples.astype(np.uint32), *place, *key, *how, y, mask)
     return y, mask
 
 
@@ -80,7 +80,7 @@ def dropout_grad(gy, mask, p):
 def dropout_grad_numba(gy, mask, p):
     """one parallel loop"""
     gx = empty_like(gy)
-    flat = np.ascontiguousarray(gy).reshape(-1), np.ascontiguousarray(mask).reshape(-1)
+    flat = contiguous(gy).reshape(-1), contiguous(mask).reshape(-1)
     _dropout_grad(*flat, _scale(p, gy.dtype), gx.reshape(-1))
     return gx
 

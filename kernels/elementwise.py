@@ -14,7 +14,7 @@ from numba import njit, prange, vectorize
 
 from . import rows
 from .dispatch import Primitive, plain_floats, xp_of
-from .memory import empty_like
+from .memory import contiguous, empty_like
 from .simd import load, select, store
 from .vecmath import FMA, exp, normal_cdf
 
@@ -22,7 +22,7 @@ from .vecmath import FMA, exp, normal_cdf
 def _map(kernel, *arrays):
     """One output like the first array, filled by a flat loop: what every Numba variant here does."""
     out = empty_like(arrays[0])
-    kernel(*(np.ascontiguousarray(a).reshape(-1) for a in arrays), out.reshape(-1))
+    kernel(*(contiguous(a).reshape(-1) for a in arrays), out.reshape(-1))
     return out
 
 
@@ -230,7 +230,7 @@ def add_bias(x, b):
 @add_bias.variant("numba", supports=lambda x, b: plain_floats(x, b) and x.flags.c_contiguous)
 def add_bias_numba(x, b):
     """parallel over rows"""
-    _add_bias(as_rows(x), np.ascontiguousarray(b))
+    _add_bias(as_rows(x), contiguous(b))
     return x
 
 
@@ -252,7 +252,7 @@ def bias_grad(gy):
 def bias_grad_numba(gy):
     """one pass"""
     (gy,) = rows.rows_of(gy)
-    return rows.run(_Sum(gy), *gy.shape, sums=1)[0].astype(gy.dtype)
+    return rows.run(_Sum(gy), *gy.shape, sums=1, dtype=gy.dtype)[0]
 
 
 @Primitive
@@ -267,7 +267,7 @@ def relu_bias_grad_numba(gy, y):
     """one pass: what is stored is added up on the way"""
     masked = empty_like(y)
     gy, y, out = rows.rows_of(gy, y, masked)
-    return masked, rows.run(_MaskedSum(gy, y, out), *gy.shape, sums=1)[0].astype(y.dtype)
+    return masked, rows.run(_MaskedSum(gy, y, out), *gy.shape, sums=1, dtype=y.dtype)[0]
 
 
 class _Sum(NamedTuple):

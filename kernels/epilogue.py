@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .dispatch import Primitive, plain_floats, xp_of
+from .constant import derived
+from .dispatch import Primitive, aside, plain_floats, xp_of
 from .elementwise import as_rows
+from .memory import contiguous
 
 
 def finish(y, bias=None, residual=None, relu=False):
@@ -35,7 +37,7 @@ def epilogue_numba(y, bias=None, residual=None, relu=False):
     if bias is None:
         bias = np.zeros(y.shape[-1], y.dtype)
     rows, has_residual = as_rows(y), residual is not None
-    _finish(rows, bias, as_rows(np.ascontiguousarray(residual)) if has_residual else rows, has_residual, relu)
+    _finish(rows, bias, as_rows(contiguous(residual)) if has_residual else rows, has_residual, relu)
     return y
 
 
@@ -52,6 +54,19 @@ def _finish_row(y, bias, residual, has_residual, relu):
         v = y[c] + bias[c]
         v = v + residual[c] if has_residual else v
         y[c] = floor if v < floor else v  # a NaN stays one: it compares as false
+
+
+def padded_bias(bias, size, dtype):
+    """`bias`, or zeros for None, followed by zeros up to `size` numbers: whole panels. Of a constant, made once."""
+    if bias is None:
+        return np.zeros(size, dtype)
+    return derived(bias, ("padded", size), lambda: aside(_pad, bias, size, dtype))
+
+
+def _pad(bias, size, dtype):
+    out = np.zeros(size, dtype)
+    out[: bias.size] = bias
+    return out
 
 
 @epilogue.work

@@ -21,6 +21,7 @@ from numba import njit, prange
 
 from . import threads
 from .constant import derived, is_constant
+from .epilogue import padded_bias
 from .memory import contiguous, scratch
 from .pack import panels_of, swap_square
 from .simd import lanes, load, prefetch, splat, store
@@ -53,9 +54,7 @@ def gemm(a, b, out, bias=None, relu=False):
         b = derived(b, "panels", lambda: panels_of(b[None]).reshape(-1, panel_width(b.dtype)))
     b, b_row, b_step = _memory(b)
     width = panel_width(out.dtype)
-    padded = np.zeros(-(-n // width) * width, out.dtype)
-    if bias is not None:
-        padded[:n] = bias
+    padded = padded_bias(bias, -(-n // width) * width, out.dtype)
     by_columns = n >= m
     units = -(-n // width) if by_columns else -(-m // ROWS)
     workers = max(1, min(threads.count(), units))

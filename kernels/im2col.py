@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
-from .memory import empty
+from .memory import contiguous, empty
 
 
 def output_size(size, kernel, stride, padding, dilation):
@@ -64,7 +64,7 @@ def im2col_numba(x, kernel, stride, padding, dilation):
 def im2col_into(cols, x, kernel, stride, padding, dilation):
     """The Numba variant, into `cols`: what the blocked convolution calls with one buffer for all blocks."""
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, dilation)
-    _im2col(np.ascontiguousarray(x), cols.reshape(n, oh, ow, *kernel, x.shape[3]), *stride, *padding, *dilation)
+    _im2col(contiguous(x), cols.reshape(n, oh, ow, *kernel, x.shape[3]), *stride, *padding, *dilation)
 
 
 @njit(parallel=True, cache=True)
@@ -119,7 +119,7 @@ def col2im_numba(cols, x_shape, kernel, stride, padding, dilation):
 def col2im_into(x, cols, kernel, stride, padding, dilation):
     """The Numba variant, into `x`."""
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, dilation)
-    cols = np.ascontiguousarray(cols).reshape(n, oh, ow, *kernel, x.shape[3])
+    cols = contiguous(cols).reshape(n, oh, ow, *kernel, x.shape[3])
     _col2im(cols, x, *stride, *padding, *dilation)
 
 

@@ -7,7 +7,8 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
-from .memory import empty_like
+from .memory import contiguous, empty_like
+from .rows import add_up
 from .vecmath import SUMS
 
 ROWS = 32  # rows whose share of the weights' gradients one thread adds up before it is put down
@@ -27,7 +28,7 @@ def layer_norm(x, weight, bias, eps):
 def layer_norm_numba(x, weight, bias, eps):
     """parallel over rows, each in cache for its three passes"""
     y = empty_like(x)
-    rows = as_rows(np.ascontiguousarray(x))
+    rows = as_rows(contiguous(x))
     mean, rstd = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
     _layer_norm(rows, weight, bias, eps, as_rows(y), mean, rstd)
     return y, mean, rstd
@@ -73,10 +74,10 @@ def layer_norm_grad(gy, x, mean, rstd, weight):
 def layer_norm_grad_numba(gy, x, mean, rstd, weight):
     """one pass over gy and x for all three gradients, parallel over blocks of rows that are summed in order"""
     gx = empty_like(x)
-    gy, x = as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(x))
-    partial = np.zeros((-(-len(x) // ROWS), 2, x.shape[1]), x.dtype)
+    gy, x = as_rows(contiguous(gy)), as_rows(contiguous(x))
+    partial = np.empty((-(-len(x) // ROWS), 2, x.shape[1]), x.dtype)
     _layer_norm_grad(gy, x, mean, rstd, weight, as_rows(gx), partial)
-    gw, gb = partial.sum(axis=0, dtype=np.float64).astype(x.dtype)
+    gw, gb = add_up(partial, np.empty(partial.shape[1:], x.dtype))
     return gx, gw, gb
 
 
@@ -84,6 +85,7 @@ def layer_norm_grad_numba(gy, x, mean, rstd, weight):
 def _layer_norm_grad(gy, x, mean, rstd, weight, gx, partial):
     one = x.dtype.type(1)
     for b in prange(partial.shape[0]):
+        partial[b] = 0
         gw, gb = partial[b, 0], partial[b, 1]
         for r in range(b * ROWS, min(x.shape[0], (b + 1) * ROWS)):
             g_row, row, out, m, s = gy[r], x[r], gx[r], mean[r], rstd[r]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .dispatch import Primitive, plain_floats, xp_of
+from .dispatch import Primitive, aside, plain_floats, xp_of
 from .epilogue import finish
 from .gemm import gemm
-from .memory import empty
+from .memory import clear, contiguous, empty
 from .tile import ROWS
 
 
@@ -33,9 +33,9 @@ def matmul_tiled(a, b, out=None, **epilogue):
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"matmul of {a.shape} and {b.shape}: the inner sizes differ")
     c = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
-    _tiled(np.ascontiguousarray(a), np.ascontiguousarray(b), c)
+    _tiled(contiguous(a), contiguous(b), c)
     if c is not out:
-        out[...] = c
+        aside(np.copyto, out, c)
     return finish(out, **epilogue)
 
 
@@ -70,12 +70,12 @@ def matmul_packed(a, b, out=None, **epilogue):
     if out is None:
         out = empty((a.shape[0], b.shape[1]), a.dtype)
     if not out.size or not a.size:
-        out[...] = 0
+        clear(out)
         return finish(out, **epilogue)
     c = out if out.flags.c_contiguous and out.flags.aligned else empty(out.shape, out.dtype)
     gemm(a, b, c, **epilogue)
     if c is not out:
-        out[...] = c
+        aside(np.copyto, out, c)
     return out
 
 

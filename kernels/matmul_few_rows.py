@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from . import threads
-from .dispatch import plain_floats
+from .dispatch import aside, plain_floats
 from .matmul import matmul
 from .memory import contiguous, empty
 from .simd import broadcast, fma, lanes, load, splat, store, unrolled
@@ -45,7 +45,7 @@ def matmul_few_rows(a, b, out=None, *, bias=None, relu=False):
     workers = max(1, min(threads.count(), b.size // STRIP, n // panel_width(b.dtype)))
     _few(contiguous(a), contiguous(b).reshape(b.size), blank, c.dtype.type(0 if relu else -np.inf), c, workers)
     if c is not out:
-        out[...] = c
+        aside(np.copyto, out, c)
     return out
 
 

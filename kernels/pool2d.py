@@ -16,7 +16,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
 from .im2col import output_shape, taps
-from .memory import empty
+from .memory import contiguous, empty
 from .vecmath import FMA
 
 ONE = (1, 1)  # dilation
@@ -81,7 +81,7 @@ def _outputs(x, kernel, stride, padding):
 def max_pool2d_numba(x, kernel, stride, padding, relu=False):
     """no padded copy; parallel over rows of windows, channels side by side"""
     y, position = _outputs(x, kernel, stride, padding)
-    _max_pool2d(np.ascontiguousarray(x), y, position, *kernel, *stride, *padding, relu)
+    _max_pool2d(contiguous(x), y, position, *kernel, *stride, *padding, relu)
     return y, position
 
 
@@ -139,7 +139,7 @@ def _two_by_two(x, kernel, stride, padding, *_, **__):
 def max_pool2d_2x2(x, kernel, stride, padding, relu=False):
     """2x2, stride 2: four pixels compared in registers, each read once and each output written once"""
     y, position = _outputs(x, kernel, stride, padding)
-    _max_pool_2x2(np.ascontiguousarray(x), y, position, relu)
+    _max_pool_2x2(contiguous(x), y, position, relu)
     return y, position
 
 
@@ -195,7 +195,7 @@ def max_pool2d_grad(gy, position, x_shape, kernel, stride, padding):
 def max_pool2d_grad_numba(gy, position, x_shape, kernel, stride, padding):
     """each pixel gathers from the windows that cover it; parallel over rows of pixels"""
     gx = empty(x_shape, gy.dtype)
-    _max_pool2d_grad(np.ascontiguousarray(gy), np.ascontiguousarray(position), gx, *kernel, *stride, *padding)
+    _max_pool2d_grad(contiguous(gy), contiguous(position), gx, *kernel, *stride, *padding)
     return gx
 
 
@@ -259,7 +259,7 @@ def _take_more(out, g, position, k):
 def max_pool2d_grad_2x2(gy, position, x_shape, kernel, stride, padding):
     """2x2, stride 2: windows do not overlap, so that each writes its four pixels"""
     gx = empty(x_shape, gy.dtype)
-    _max_pool_2x2_grad(np.ascontiguousarray(gy), np.ascontiguousarray(position), gx)
+    _max_pool_2x2_grad(contiguous(gy), contiguous(position), gx)
     return gx
 
 
@@ -313,7 +313,7 @@ def avg_pool2d_numba(x, kernel, stride, padding):
     """no padded copy; parallel over rows of windows"""
     n, oh, ow = output_shape(x.shape, kernel, stride, padding, ONE)
     y = empty((n, oh, ow, x.shape[3]), x.dtype)
-    _avg_pool2d(np.ascontiguousarray(x), y, *kernel, *stride, *padding)
+    _avg_pool2d(contiguous(x), y, *kernel, *stride, *padding)
     return y
 
 
@@ -369,7 +369,7 @@ def avg_pool2d_grad(gy, x_shape, kernel, stride, padding):
 def avg_pool2d_grad_numba(gy, x_shape, kernel, stride, padding):
     """each pixel gathers from the windows that cover it; parallel over rows of pixels"""
     gx = empty(x_shape, gy.dtype)
-    _avg_pool2d_grad(np.ascontiguousarray(gy), gx, *kernel, *stride, *padding)
+    _avg_pool2d_grad(contiguous(gy), gx, *kernel, *stride, *padding)
     return gx
 
 

@@ -53,18 +53,38 @@ def rows_of(*arrays):
     return [contiguous(a).reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in arrays]
 
 
-def run(one_pass, rows, columns, sums=0):
-    """Do the pass; what it adds up over the rows, (sums, columns) in float64."""
+def run(one_pass, rows, columns, sums=0, dtype=np.float64):
+    """Do the pass; what it adds up over the rows, (sums, columns), in float64 and then rounded to `dtype`."""
     blocks = -(-rows // min(BLOCK_ROWS, max(ROWS, BLOCK // max(1, columns))))
-    partial = np.zeros((blocks, sums, columns), one_pass[0].dtype)
+    partial = np.empty((blocks, sums, columns), one_pass[0].dtype)
     _run(one_pass, (0,) * sums, rows, partial)
-    return partial.sum(axis=0, dtype=np.float64)
+    return add_up(partial, np.empty((sums, columns), dtype))
+
+
+def add_up(partial, totals):
+    """(blocks, sums, C) -> `totals` (sums, C), which is returned: in float64, block after block."""
+    if totals.size:
+        _add_up(partial, totals)
+    return totals
+
+
+@njit(cache=True)
+def _add_up(partial, totals):
+    line = np.empty(totals.shape[1])
+    for s in range(totals.shape[0]):
+        line[:] = 0
+        for b in range(partial.shape[0]):
+            for c in range(line.size):
+                line[c] += partial[b, s, c]
+        for c in range(line.size):
+            totals[s, c] = line[c]
 
 
 @njit(parallel=True, cache=True)
 def _run(one_pass, none, rows, partial):  # `none`, a zero for each sum, says how many while this is being compiled
     for b in prange(partial.shape[0]):
         length = (rows + partial.shape[0] - 1) // partial.shape[0]
+        partial[b] = 0
         _block(one_pass, none, b * length, min(rows, (b + 1) * length), partial[b])
 
 

@@ -13,7 +13,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
-from .memory import empty_like
+from .memory import contiguous, empty_like
 from .vecmath import SUMS, exp
 
 
@@ -33,7 +33,7 @@ def softmax(x):
 def softmax_numba(x):
     """parallel over rows, each in cache for its three passes; a vectorised exponential"""
     y = empty_like(x)
-    _softmax(as_rows(np.ascontiguousarray(x)), as_rows(y))
+    _softmax(as_rows(contiguous(x)), as_rows(y))
     return y
 
 
@@ -88,7 +88,7 @@ def softmax_grad(gy, y):
 def softmax_grad_numba(gy, y):
     """parallel over rows, each in cache for its two passes"""
     gx = empty_like(y)
-    _softmax_grad(as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(y)), as_rows(gx))
+    _softmax_grad(as_rows(contiguous(gy)), as_rows(contiguous(y)), as_rows(gx))
     return gx
 
 
@@ -115,7 +115,7 @@ def log_softmax(x):
 def log_softmax_numba(x):
     """parallel over rows, each in cache for its three passes; a vectorised exponential"""
     y = empty_like(x)
-    _log_softmax(as_rows(np.ascontiguousarray(x)), as_rows(y))
+    _log_softmax(as_rows(contiguous(x)), as_rows(y))
     return y
 
 
@@ -139,7 +139,7 @@ def log_softmax_grad(gy, y):
 def log_softmax_grad_numba(gy, y):
     """parallel over rows, each in cache for its two passes; a vectorised exponential"""
     gx = empty_like(y)
-    _log_softmax_grad(as_rows(np.ascontiguousarray(gy)), as_rows(np.ascontiguousarray(y)), as_rows(gx))
+    _log_softmax_grad(as_rows(contiguous(gy)), as_rows(contiguous(y)), as_rows(gx))
     return gx
 
 
@@ -178,7 +178,7 @@ def cross_entropy(logits, labels, smoothing):
 def cross_entropy_numba(logits, labels, smoothing):
     """parallel over rows, nothing as large as the logits written"""
     loss, lse = np.empty(len(logits), logits.dtype), np.empty((2, len(logits)), logits.dtype)
-    _cross_entropy(np.ascontiguousarray(logits), np.ascontiguousarray(labels), float(smoothing), loss, lse)
+    _cross_entropy(contiguous(logits), contiguous(labels), float(smoothing), loss, lse)
     return loss, lse
 
 
@@ -221,7 +221,7 @@ def cross_entropy_grad(gy, logits, labels, lse, smoothing):
 def cross_entropy_grad_numba(gy, logits, labels, lse, smoothing):
     """one pass, parallel over rows"""
     g = empty_like(logits)
-    arrays = (np.ascontiguousarray(a) for a in (gy, logits, labels, lse))
+    arrays = (contiguous(a) for a in (gy, logits, labels, lse))
     _cross_entropy_grad(*arrays, float(smoothing), g)
     return g
 

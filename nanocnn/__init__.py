@@ -4,6 +4,7 @@ from . import kernels  # first: it sets what NumPy, BLAS and Numba read when the
 
 # isort: split
 from . import checkpoint, data, functional, models, nn, optim, parallel, schedules, testing, train
+from .capture import capture
 from .kernels.dispatch import board, use, using
 from .profile import profile
 from .random import manual_seed
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Tensor",
     "board",
+    "capture",
     "checkpoint",
     "data",
     "functional",

@@ -147,7 +147,7 @@ def _position(s: Shape, r: _Numbers) -> np.ndarray:
 # Kernels use names alike, so that a new one needs a line here only for a new name. "matmul.a" is the name in one
 # primitive, and comes before the general one. Arguments with a default are left at it.
 IMAGES = "x y gy"
-CHANNELS = "a b bias mean scale shift weight"
+CHANNELS = "a b bias gb mean products running_mean scale shift weight"
 FLAT = "average data exp_avg grad momentum_buffer"
 CONSTANTS = dict(eps=1e-5, lr=0.01, momentum=0.9, weight_decay=5e-4, step=10, decay=0.99, factor=0.5, smoothing=0.1)
 CONSTANTS |= dict(p=0.5, seed=7, epoch=0, stream=0)
@@ -176,6 +176,10 @@ MAKERS: dict[str, Maker] = {
     "matmul.a": lambda s, r: r.normal(s.m, s.k),
     "matmul.b": lambda s, r: r.normal(s.k, s.n),
     "layer_norm_grad.mean": lambda s, r: r.normal(s.batch * s.size**2),
+    "var": lambda s, r: r.positive(s.channels),
+    "running_var": lambda s, r: r.positive(s.channels),
+    "batch_norm_shares.rstd": lambda s, r: r.positive(s.channels),
+    "rows": lambda s, r: s.batch * s.size**2,
     "rstd": lambda s, r: r.positive(s.batch * s.size**2),
     "logits": lambda s, r: r.normal(s.batch, s.out_channels),
     "labels": lambda s, r: r.integers(s.out_channels, s.batch),

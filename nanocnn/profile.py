@@ -55,7 +55,7 @@ class _Sum:
     bytes: float = 0.0
 
 
-class Profile:
+class Profile(dispatch.Recorder):
     """Records every kernel, op, layer and span of the thread that enters it; other threads appear in the timeline only.
 
     `model`, anything with `named_modules()`, gives the layers their names; without it they go by their class. One

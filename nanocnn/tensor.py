@@ -6,13 +6,15 @@ An op's instance is the node of the graph. This file knows no kernel and no devi
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .kernels import dispatch
-from .kernels.dispatch import device_of, span, to_device, xp_of
+from .kernels.dispatch import aside, device_of, to_device, xp_of
 
 _grad_enabled = True
 
@@ -168,7 +170,7 @@ class Tensor:
                 raise GraphError(
                     f"backward() needs a gradient for a tensor of shape {self.shape}: give one, or reduce to a loss"
                 )
-            gy = xp_of(self.data).ones_like(self.data)
+            gy = aside(xp_of(self.data).ones_like, self.data)
         gy = gy.data if isinstance(gy, Tensor) else gy
         if gy.shape != self.shape:
             raise GraphError(f"backward() was given a gradient of shape {gy.shape} for a tensor of shape {self.shape}")
@@ -184,11 +186,8 @@ class Tensor:
                 gxs: Any = (None,) * len(op.needs)
             else:
                 op._arrived = grads
-                if dispatch.recorder is None:  # a `with` would cost as much as all the rest of this loop
-                    gxs = op.backward(gy)
-                else:
-                    with span(type(op).__name__, "backward", layer=op.layer):
-                        gxs = op.backward(gy)
+                recorder = dispatch.recorder
+                gxs = op.backward(gy) if recorder is None else recorder.op(op, "backward", op.backward, (gy,), {})
                 gxs = gxs if isinstance(gxs, tuple) else (gxs,)
             op.free()
             for x, gx in zip(op.inputs, gxs, strict=True):
@@ -198,13 +197,14 @@ class Tensor:
                     gx = _fit(op, x, gx)
                     if x.node is not None:
                         before = grads.get(id(x.node))
-                        grads[id(x.node)] = gx if before is None else before + gx  # never +=: gx may be shared
+                        # never +=: gx may be shared
+                        grads[id(x.node)] = gx if before is None else aside(operator.add, before, gx)
                     elif x.leaf is not None:
                         _arrive(x.leaf, gx)
                 if x.leaf is not None:
                     uses[id(x.leaf)] -= 1
                     if uses[id(x.leaf)] == 0 and x.leaf.on_grad is not None:
-                        x.leaf.on_grad(x.leaf)
+                        aside(partial(x.leaf.on_grad, x.leaf))
 
 
 class Input(NamedTuple):
@@ -241,11 +241,11 @@ class Op:
                 break
         tensors = [x if isinstance(x, Tensor) else as_tensor(x, like) for x in inputs]
         op.needs = tuple([_grad_enabled and x.requires_grad for x in tensors])
-        if dispatch.recorder is None:
-            y = Tensor(op.forward(*[x.data for x in tensors], **parameters))
+        arrays, recorder = [x.data for x in tensors], dispatch.recorder
+        if recorder is None:
+            y = Tensor(op.forward(*arrays, **parameters))
         else:
-            with span(cls.__name__, "forward"):
-                y = Tensor(op.forward(*[x.data for x in tensors], **parameters))
+            y = Tensor(recorder.op(op, "forward", op.forward, tuple(arrays), parameters))
         if any(op.needs):
             op.inputs = tuple(
                 Input(x.node, x if x.node is None else None, x.shape, x.dtype) if needed else None
@@ -374,7 +374,28 @@ def _arrive(leaf: Tensor, g: Any) -> None:
     if leaf.grad_buffer is None:
         leaf.grad_buffer = xp_of(g).array(g)
     elif leaf._arrived:
-        leaf.grad_buffer += g
+        aside(_add_to, leaf.grad_buffer, g)
     elif g is not leaf.grad_buffer:
-        leaf.grad_buffer[...] = g
-    leaf._arrived = True
+        aside(_copy_to, leaf.grad_buffer, g)
+    if dispatch.recorder is None:
+        leaf._arrived = True
+    else:
+        aside(Arrival(leaf))
+
+
+def _add_to(there: Any, g: Any) -> None:
+    there += g
+
+
+def _copy_to(there: Any, g: Any) -> None:
+    there[...] = g
+
+
+class Arrival:
+    """Called, it says that the gradient of a leaf has arrived."""
+
+    def __init__(self, leaf: Tensor):
+        self.leaf = leaf
+
+    def __call__(self) -> None:
+        self.leaf._arrived = True

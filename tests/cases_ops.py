@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from nanocnn.kernels import pool2d
@@ -120,6 +122,23 @@ def batch_norm_stats(rng, dtype):
     return [((x,), {}) for x in _rows(rng, dtype)]
 
 
+def batch_norm_running(rng, dtype):
+    calls = []
+    for x in _rows(rng, dtype):
+        mean, var, *running = _columns(rng, dtype, x, 4)
+        calls.append(((*running, mean, abs(var), 0.3, 2 + x.size // x.shape[-1]), {}))
+    return calls
+
+
+def batch_norm_scale(rng, dtype):
+    return [((abs(var), weight, 1e-3), {}) for x in _rows(rng, dtype) for var, weight in [_columns(rng, dtype, x, 2)]]
+
+
+def batch_norm_shares(rng, dtype):
+    calls = [((*_columns(rng, dtype, x, 3), x.size // x.shape[-1]), {}) for x in _rows(rng, dtype)]
+    return [*calls, ((*_columns(rng, dtype, np.empty((0, 3)), 3), 0), {}), ((*calls[0][0][:3], math.inf), {})]
+
+
 def batch_norm_apply(rng, dtype):
     calls = []
     for residual, x in _pairs(rng, dtype):
@@ -236,6 +255,9 @@ CASES = {
             max_pool2d_grad,
             avg_pool2d_grad,
             batch_norm_stats,
+            batch_norm_running,
+            batch_norm_scale,
+            batch_norm_shares,
             batch_norm_apply,
             batch_norm_grad_stats,
             batch_norm_residual_grad_stats,

@@ -440,7 +440,7 @@ def test_tuned_runs_no_inplace_primitive_twice():
 # ------------------------------------------------------------------ recording, work, devices
 
 
-class Recorder:
+class Recorder(dispatch.Recorder):
     def __init__(self):
         self.log = []
 

@@ -179,7 +179,7 @@ def test_the_thread_runs_ahead_by_no_more_than_it_may():
     batches.close()
 
 
-class Recorder:
+class Recorder(dispatch.Recorder):
     def __init__(self):
         self.spans, self.threads = [], set()
 

@@ -258,7 +258,7 @@ def test_a_replaced_array_is_an_error(what):
 def test_step_is_marked_for_the_profile(monkeypatch):
     seen = []
 
-    class Recorder:
+    class Recorder(dispatch.Recorder):
         def enter(self, name, kind):
             seen.append((name, kind))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 
 from ..kernels import softmax as kernels
-from ..kernels.dispatch import xp_of
+from ..kernels.dispatch import aside, xp_of
 from ..tensor import Op, Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -40,7 +41,7 @@ class CrossEntropy(Op):
         loss, lse = kernels.cross_entropy(logits, labels, label_smoothing)
         self.save(logits, labels, lse)
         self.smoothing, self.reduction = label_smoothing, reduction
-        return _reduced(loss, reduction)
+        return aside(_reduced, loss, reduction)
 
     def backward(self, gy):
         logits, labels, lse = self.saved
@@ -72,7 +73,7 @@ def _spread(gy, shape, reduction):
     """The gradient of each element from that of the reduced loss."""
     size = int(np.prod(shape))
     if reduction == "mean":
-        gy = gy * gy.dtype.type(1 / size)
+        gy = aside(operator.mul, gy, gy.dtype.type(1 / size))
     return xp_of(gy).broadcast_to(gy, shape)
 
 

@@ -21,65 +21,60 @@ class BatchNorm(Op):
     """
 
     def forward(self, x, weight, bias, **how):
-        mean, rstd = self.statistics(x, **how)
-        self.save(x, mean, rstd, weight)
-        return kernels.batch_norm_apply(x, mean, weight * rstd, bias)
+        mean, rstd, scale = self.statistics(x, weight, **how)
+        self.save(x, mean, rstd, scale)
+        return kernels.batch_norm_apply(x, mean, scale, bias)
 
-    def statistics(self, x, *, running_mean, running_var, training, momentum, eps):
-        """mean and rstd: of this batch, which is then counted among the running ones, or these."""
-        xp, rows = xp_of(x), math.prod(x.shape[:-1])
+    def statistics(self, x, weight, *, running_mean, running_var, training, momentum, eps):
+        """mean, rstd and weight rstd: of this batch, which is then counted among the running ones, or of these."""
+        rows = math.prod(x.shape[:-1])
         if training and rows:
             mean, var = kernels.batch_norm_stats(x)
-            running_mean += (momentum * (mean - running_mean)).astype(running_mean.dtype)
-            unbiased = var * (rows / (rows - 1))
-            running_var += (momentum * (unbiased - running_var)).astype(running_var.dtype)
+            kernels.batch_norm_running(running_mean, running_var, mean, var, momentum, rows)
         else:
             dtype = kernels.statistics_dtype(x)
-            mean, var = running_mean.astype(dtype), running_var.astype(dtype)
-        self.rows = rows if training else math.inf
-        return mean, 1 / xp.sqrt(var + eps)
+            mean, var = running_mean.astype(dtype, copy=False), running_var.astype(dtype, copy=False)
+        self.rows, self.weight_dtype = rows if training else math.inf, weight.dtype
+        return mean, *kernels.batch_norm_scale(var, weight, eps)
 
     def backward(self, gy):
-        x, mean, rstd, weight = self.saved
-        return self.gradients(gy, kernels.batch_norm_grad_stats(gy, x, mean), x, mean, rstd, weight)
+        x, mean, rstd, scale = self.saved
+        return self.gradients(gy, kernels.batch_norm_grad_stats(gy, x, mean), x, mean, rstd, scale)
 
-    def gradients(self, gy, sums, x, mean, rstd, weight, relu_shift=None):
+    def gradients(self, gy, sums, x, mean, rstd, scale, relu_shift=None):
         """gx, gw, gb from sum(gy) and sum(gy (x - mean)); with `relu_shift`, which is the bias, behind a ReLU."""
-        gb, gw = sums[0], sums[1] * rstd
-        gx = None
-        if self.needs[0]:
-            share = 1 / max(1, self.rows)
-            gx = kernels.batch_norm_grad(gy, x, mean, weight * rstd, gb * share, gw * rstd * share, relu_shift)
-        return gx, gw.astype(weight.dtype, copy=False), gb.astype(weight.dtype, copy=False)
+        gb, (gw, a, b) = sums[0], kernels.batch_norm_shares(*sums, rstd, self.rows)
+        gx = kernels.batch_norm_grad(gy, x, mean, scale, a, b, relu_shift) if self.needs[0] else None
+        return gx, gw.astype(self.weight_dtype, copy=False), gb.astype(self.weight_dtype, copy=False)
 
 
 class BatchNormReLU(BatchNorm):
     """relu(batch norm), in batch norm's own passes. No mask is kept: backward computes it from x, which it reads."""
 
     def forward(self, x, weight, bias, **how):
-        mean, rstd = self.statistics(x, **how)
-        self.save(x, mean, rstd, weight, bias)
-        return kernels.batch_norm_apply(x, mean, weight * rstd, bias, relu=True)
+        mean, rstd, scale = self.statistics(x, weight, **how)
+        self.save(x, mean, rstd, scale, bias)
+        return kernels.batch_norm_apply(x, mean, scale, bias, relu=True)
 
     def backward(self, gy):
-        x, mean, rstd, weight, bias = self.saved
-        sums = kernels.batch_norm_grad_stats(gy, x, mean, weight * rstd, bias)
-        return self.gradients(gy, sums, x, mean, rstd, weight, relu_shift=bias)
+        x, mean, rstd, scale, bias = self.saved
+        sums = kernels.batch_norm_grad_stats(gy, x, mean, scale, bias)
+        return self.gradients(gy, sums, x, mean, rstd, scale, relu_shift=bias)
 
 
 class BatchNormAddReLU(BatchNorm):
     """relu(batch norm + residual), the end of a residual block. The mask is that of y, which the next layer keeps."""
 
     def forward(self, x, weight, bias, residual, **how):
-        mean, rstd = self.statistics(x, **how)
-        y = kernels.batch_norm_apply(x, mean, weight * rstd, bias, residual, relu=True)
-        self.save(x, mean, rstd, weight, y)
+        mean, rstd, scale = self.statistics(x, weight, **how)
+        y = kernels.batch_norm_apply(x, mean, scale, bias, residual, relu=True)
+        self.save(x, mean, rstd, scale, y)
         return y
 
     def backward(self, gy):
-        x, mean, rstd, weight, y = self.saved
+        x, mean, rstd, scale, y = self.saved
         gy, *sums = kernels.batch_norm_residual_grad_stats(gy, y, x, mean)
-        return *self.gradients(gy, sums, x, mean, rstd, weight), gy
+        return *self.gradients(gy, sums, x, mean, rstd, scale), gy
 
 
 class LayerNorm(Op):

@@ -1,0 +1,307 @@
+"""A captured function computes what the function does, from the same memory at each call, or is refused."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from numba import njit
+from numba.core.registry import CPUDispatcher
+
+import nanocnn as nc
+from nanocnn import functional as F
+from nanocnn import nn
+from nanocnn.capture import CaptureError
+from nanocnn.kernels import dispatch, memory
+from nanocnn.models import alexnet_cifar, resnet18
+from nanocnn.tensor import Tensor
+
+RNG = np.random.default_rng(0)
+
+
+def random(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def frozen(make):
+    nc.manual_seed(0)
+    return nn.freeze(make(width=0.25).eval())
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("make", [alexnet_cifar, resnet18])
+def test_a_frozen_network(make, batch):
+    model = frozen(make)
+    predict = nc.capture(model, random(batch, 32, 32, 3))
+    for _ in range(3):
+        x = random(batch, 32, 32, 3)
+        y = predict(x)
+        assert isinstance(y, Tensor)
+        np.testing.assert_array_equal(y.data, model(Tensor(x)).data)
+    kept = y.data.copy()
+    predict(random(batch, 32, 32, 3))
+    np.testing.assert_array_equal(y.data, kept)  # a result is the caller's, and no later call writes to it
+    assert f"{len(predict.calls)} calls" in str(predict)
+    assert "conv2d: few_channels" in str(predict)
+
+
+@pytest.mark.parametrize("choices", [{"pool": "off"}, {"fuse": "off"}, {"conv2d": "upto:reference"}, {}], ids=str)
+def test_the_choices_that_were_in_force_are_captured(choices):
+    """References too: they are NumPy's, and each is one call."""
+    model, x = frozen(resnet18), random(4, 32, 32, 3)
+    with nc.using(**choices):
+        predict = nc.capture(model, x)
+        expected = model(Tensor(-x)).data
+    np.testing.assert_array_equal(predict(-x).data, expected)
+
+
+def test_weights_are_read_where_they_lie():
+    nc.manual_seed(0)
+    model = nn.Linear(200, 300)
+    x = random(40, 200)
+    with nc.no_grad():
+        apply = nc.capture(model, x)
+        model.weight.data[...] *= 2
+        np.testing.assert_array_equal(apply(x).data, model(Tensor(x)).data)
+
+
+def test_what_lies_between_the_calls_shares_memory():
+    model, x = frozen(resnet18), random(64, 32, 32, 3)
+    predict = nc.capture(model, x)
+    outputs = [max(a.nbytes for a in call.args if isinstance(a, np.ndarray)) for call in predict.calls]
+    assert 0 < predict.bytes < sum(outputs) / 4
+    before = memory.held()["in_use"]
+    predict(x)
+    assert memory.held()["in_use"] == before
+
+
+def test_several_inputs_and_outputs():
+    def function(x, y):
+        return F.relu(x), F.sigmoid(y), F.relu(y)
+
+    x, y = random(3, 5), random(400, 500)
+    captured = nc.capture(function, x, Tensor(y))
+    for a, b in ((x, y), (-x, 2 * y)):
+        for found, expected in zip(captured(a, b), function(Tensor(a), Tensor(b)), strict=True):
+            np.testing.assert_array_equal(found.data, expected.data)
+
+
+def test_threads_wait_for_each_other():
+    model = frozen(alexnet_cifar)
+    inputs = [random(2, 32, 32, 3) for _ in range(4)]
+    predict = nc.capture(model, inputs[0])
+    expected, wrong = [predict(x).data for x in inputs], []
+
+    def work(i):
+        for _ in range(20):
+            if not np.array_equal(predict(inputs[i]).data, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# ------------------------------------------------------------------ what cannot be captured
+
+
+@njit
+def add_one(x, y):
+    for i in range(x.size):
+        y[i] = x[i] + 1
+
+
+@njit
+def largest(x):
+    return x.max()
+
+
+def doubled(x):
+    return Tensor(2 * x.data)
+
+
+def drawn(x):
+    return F.dropout(x, 0.5)
+
+
+def chosen(x):
+    """A branch on a value, which two examples in a row do not share."""
+    return F.relu(x) if x.data.reshape(-1)[0] > 0.5 else F.sigmoid(x)
+
+
+def scaled(x):
+    """A number that leaves a kernel, and comes back by way of Python."""
+    return F.relu(Tensor(x.data * largest(x.data.reshape(-1))))
+
+
+@pytest.mark.parametrize("function", [doubled, drawn, chosen, scaled])
+def test_what_depends_on_values_outside_of_kernels_is_refused(function):
+    x = 100 * np.arange(2500, dtype=np.float32).reshape(50, 50)
+    with pytest.raises(CaptureError, match=r"do not compute what the function does"):
+        nc.capture(function, x)
+    assert dispatch.recorder is None
+
+
+def test_a_compiled_function_of_somebody_else_is_captured_too():
+    def function(x):
+        y = np.empty_like(x.data)
+        add_one(x.data, y)
+        return F.relu(Tensor(y))
+
+    x = random(20)
+    captured = nc.capture(function, x)
+    np.testing.assert_array_equal(captured(-x).data, np.maximum(-x + 1, 0))
+    assert captured.calls[0].function is add_one
+
+
+def test_another_shape_or_dtype_is_refused_and_said():
+    captured = nc.capture(F.relu, random(4, 5))
+    for x in (random(4, 6), random(4, 5).astype(np.float64), [1, 2]):
+        with pytest.raises(CaptureError, match=r"captured for float32\[4, 5\], called with .*: capture the"):
+            captured(x)
+    with pytest.raises(CaptureError, match="called with float32"):
+        captured(random(4, 5), random(4, 5))
+
+
+def test_a_function_must_return_tensors():
+    with pytest.raises(CaptureError, match="returns a tensor or a tuple of tensors, not ndarray"):
+        nc.capture(lambda x: x.data, random(3))
+
+
+def test_not_inside_a_profile():
+    with nc.profile(), pytest.raises(CaptureError, match="capture before it begins"):
+        nc.capture(F.relu, random(3))
+
+
+def test_an_error_in_the_function_leaves_everything_as_it_was():
+    def function(x):
+        F.relu(x)
+        if dispatch.recorder is not None:
+            raise ArithmeticError("no")
+        return x
+
+    plain = CPUDispatcher.__call__
+    with pytest.raises(ArithmeticError):
+        nc.capture(function, random(3))
+    assert dispatch.recorder is None
+    assert CPUDispatcher.__call__ is plain
+    assert "__call__" not in vars(CPUDispatcher)
+
+
+def test_other_threads_are_not_recorded():
+    stop, x = threading.Event(), random(100)
+
+    def work():
+        while not stop.is_set():
+            F.sigmoid(Tensor(x))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        captured = nc.capture(F.relu, random(30, 30))
+    finally:
+        stop.set()
+        thread.join()
+    assert [call.name for call in captured.calls] == ["relu"]
+
+
+# ------------------------------------------------------------------ with the backward pass
+
+
+def training(make, batch=16, **choices):
+    """A function that runs forward and backward, its optimiser, and a batch."""
+    nc.manual_seed(0)
+    model = make(width=0.25)
+    optimizer = nc.optim.SGD(model.named_parameters(), lr=0.05, momentum=0.9)
+
+    def loss_of(images, labels):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    return loss_of, optimizer, model
+
+
+def batch_of(size=16):
+    return random(size, 32, 32, 3), RNG.integers(0, 10, size)
+
+
+def plain_alexnet(width):
+    return alexnet_cifar(width=width, dropout=0)
+
+
+@pytest.mark.parametrize("choices", [{}, {"fuse": "off"}, {"conv2d": "reference"}, {"pool": "off"}], ids=str)
+@pytest.mark.parametrize("make", [plain_alexnet, resnet18])
+def test_training_goes_the_same_way(make, choices):
+    batches = [batch_of() for _ in range(4)]
+    losses, states = [], []
+    with nc.using(**choices):
+        for captures in (False, True):
+            step, optimizer, model = training(make)
+            if captures:
+                before = {name: b.data.copy() for name, b in model.named_buffers()}
+                step = nc.capture(step, *batch_of())
+                for name, b in model.named_buffers():
+                    np.testing.assert_array_equal(b.data, before[name])
+            for images, labels in batches:
+                losses.append(step(Tensor(images), Tensor(labels)).item())
+                optimizer.step()
+                optimizer.zero_grad()  # the gradients of the next call arrive all the same
+            states.append({name: p.data.copy() for name, p in [*model.named_parameters(), *model.named_buffers()]})
+    assert losses[:4] == losses[4:]
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(value, states[1][name], err_msg=name)
+
+
+def test_gradients_that_are_not_forgotten_add_up():
+    nc.manual_seed(0)
+    model = nn.Linear(20, 10)
+    optimizer = nc.optim.SGD(model.named_parameters(), lr=0.1)
+
+    def add_gradients(x):
+        y = (model(x) * model(x)).sum()
+        y.backward()
+        return y
+
+    x = random(30, 20)
+    add = nc.capture(add_gradients, x)
+    optimizer.zero_grad()
+    add_gradients(Tensor(x))
+    once = model.weight.grad.copy()
+    add(x)
+    np.testing.assert_allclose(model.weight.grad, 2 * once, rtol=1e-6)
+
+
+def test_a_whole_step_is_captured_and_the_weights_put_back():
+    images, labels = batch_of()
+    losses = []
+    for captures in (False, True):
+        step, optimizer, model = training(plain_alexnet)
+
+        def whole(images, labels, step=step, optimizer=optimizer):
+            loss = step(images, labels)
+            optimizer.step()
+            return loss
+
+        if captures:
+            before = {name: p.data.copy() for name, p in model.named_parameters()}
+            whole = nc.capture(whole, images, labels)
+            for name, p in model.named_parameters():
+                np.testing.assert_array_equal(p.data, before[name])
+        losses += [whole(Tensor(images), Tensor(labels)).item() for _ in range(3)]
+    assert losses[:3] == losses[3:]
+
+
+def test_a_copy_of_the_weights_is_noticed():
+    w = random(30, 20)
+
+    def function(x):
+        return F.relu(x @ Tensor(w * 2))
+
+    with pytest.raises(CaptureError, match="do not compute what the function does"):
+        nc.capture(function, random(40, 30))
