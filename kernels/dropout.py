@@ -24,22 +24,22 @@ def _scale(p, dtype):
     return dtype.type(1 / (1 - p) if p < 1 else 0)
 
 
-@Primitive(unkeyed=("seed", "epoch", "stream"))
-def dropout(x, samples, p, seed, epoch, stream):
-    """(N, n), sample numbers (N,) -> y, mask (uint8), both (N, n): x / (1 - p) where the mask is 1, else 0."""
+@Primitive
+def dropout(x, samples, p, place):
+    """(N, n), sample numbers (N,) -> y, mask (uint8), both (N, n): x / (1 - p) where the mask is 1, else 0.
+
+    `place`, int64, are the seed, epoch and stream of `random_bits`.
+    """
     xp = xp_of(x)
-    mask = random_bits(samples, x.shape[1], seed, epoch, stream) >= _threshold(p)
+    mask = random_bits(samples, x.shape[1], *place.tolist()) >= _threshold(p)
     return xp.where(mask, x * _scale(p, x.dtype), x.dtype.type(0)), mask.astype(xp.uint8)
 
 
 @dropout.variant("numba", supports=lambda x, *_: plain_floats(x))
-def dropout_numba(x, samples, p, seed, epoch, stream):
+def dropout_numba(x, samples, p, place):
     """draws and applies in one pass, 1 KB of random bits at a time; parallel over samples"""
     y, mask = empty_like(x), empty(x.shape, np.uint8)
-    key = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
-    place = np.uint32(stream & 0xFFFFFFFF), np.uint32(epoch & 0xFFFFFFFF)
-    how = np.uint32(_threshold(p)), _scale(p, x.dtype)
-    _dropout(contiguous(x), samples.astype(np.uint32), *place, *key, *how, y, mask)
+    _dropout(contiguous(x), samples, place, np.uint32(_threshold(p)), _scale(p, x.dtype), y, mask)
     return y, mask
 
 
@@ -47,12 +47,14 @@ CHUNK = 64  # blocks of four words
 
 
 @njit(parallel=True, cache=True)
-def _dropout(x, samples, stream, epoch, seed0, seed1, threshold, scale, y, mask):
+def _dropout(x, samples, place, threshold, scale, y, mask):
+    seed, epoch, stream = place[0], np.uint32(place[1]), np.uint32(place[2])
+    seed0, seed1 = np.uint32(seed), np.uint32(seed >> 32)
     for i in prange(x.shape[0]):
         words = np.empty((CHUNK, 4), np.uint32)
         for first in range(0, x.shape[1], 4 * CHUNK):
             last = min(x.shape[1], first + 4 * CHUNK)
-            philox_blocks(first // 4, stream, samples[i], epoch, seed0, seed1, words)
+            philox_blocks(first // 4, stream, np.uint32(samples[i]), epoch, seed0, seed1, words)
             _apply(x[i, first:last], words.reshape(-1), threshold, scale, y[i, first:last], mask[i, first:last])
 
 
@@ -66,7 +68,7 @@ def _apply(x, words, threshold, scale, y, mask):
 
 
 @dropout.work
-def _(x, samples, p, seed, epoch, stream):
+def _(x, samples, p, place):
     return x.size, 2 * x.nbytes + x.size
 
 

@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.core.registry import CPUDispatcher
 
+from . import random
 from .arena import Life, arrange
 from .kernels import dispatch, memory
 from .kernels.dispatch import describe, device_of
@@ -120,7 +121,7 @@ def capture(function: Callable[..., Any], *inputs: Any) -> Captured:
     The function takes one tensor for each input and returns a tensor, or a tuple of them. It is run four times: to
     compile, to record, and twice to compare; what primitives change in place (running statistics, weights) is put back
     afterwards, and gradients are left as those of the example. Raises CaptureError if it does anything besides calling
-    kernels that depends on the values of its inputs, such as a random draw.
+    kernels that depends on the values of its inputs, such as a random draw of its own; dropout draws new masks.
     """
     arrays = [_array(x) for x in inputs]
     if any(device_of(x) != "cpu" for x in arrays):
@@ -130,10 +131,10 @@ def capture(function: Callable[..., Any], *inputs: Any) -> Captured:
     held = [np.array(x, order="C") for x in arrays]
     first, tape = _Tape(), _Tape()
     try:
-        with first.recording():  # compiles, and lays out constant weights: that is not to be repeated
+        with random.repeated(), first.recording():  # compiles, and lays out constant weights: not to be repeated
             function(*map(Tensor, held))
         first.put_back()
-        with memory.watched() as loans, tape.recording():
+        with random.repeated(), memory.watched() as loans, tape.recording():
             output = _checked(function(*map(Tensor, held)))
         captured = _in_one_block(tape.calls, held, output, loans)
         state = [*(x for address, (x, _) in first.changed.items() if address in tape.changed), *tape.gradients]
@@ -283,7 +284,8 @@ def _compare(
             with np.errstate(all="ignore"):  # some was never written, and may hold anything
                 for x, before, factor in standing:
                     x[...] = before * factor if values is others else before
-            y = do(*map(Tensor, values))
+            with random.repeated():
+                y = do(*map(Tensor, values))
             results.append([x.copy() for x in (*_arrays(_checked(y)), *state)])
         for x, y in zip(*results, strict=True):
             if not np.array_equal(x, y, equal_nan=True):

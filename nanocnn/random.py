@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .kernels.dispatch import aside
+
 # Augmentation draws from the same function with the same key, from stream 0 on; dropout must not repeat its numbers.
 KEYED_STREAMS, COUNTED_STREAMS = 1 << 24, 1 << 25
 
 
 class Key(NamedTuple):
-    """What `random_bits` needs besides the number of words: samples (N,) int64, and three integers."""
+    """What keys a mask: the numbers of the samples (N,), and (seed, epoch, stream), int64 both.
+
+    They are arrays, and new ones for each mask, so that a captured step (capture.py) draws new masks, too.
+    """
 
     samples: np.ndarray
-    seed: int
-    epoch: int
-    stream: int
+    place: np.ndarray
 
 
 _seed = 0
@@ -73,10 +76,14 @@ def next_key(rows: int) -> Key:
     Outside keyed() the rows are numbered from 0 and every call draws a new mask. Inside, the rows of a sample stand
     together (tokens of an image, say); raises ValueError if their number is no multiple of the samples'.
     """
+    return aside(_next_key, rows)
+
+
+def _next_key(rows: int) -> Key:
     global _drawn, _stream
     if _batch is None:
         _drawn += 1
-        return Key(np.arange(rows), _seed, _drawn - 1, COUNTED_STREAMS)
+        return Key(np.arange(rows), np.array([_seed, _drawn - 1, COUNTED_STREAMS]))
     epoch, samples = _batch
     if rows != len(samples) and (len(samples) == 0 or rows % len(samples)):
         raise ValueError(
@@ -84,4 +91,15 @@ def next_key(rows: int) -> Key:
             "the same number of rows for each"
         )
     _stream += 1
-    return Key(samples, _seed, epoch, KEYED_STREAMS + _stream - 1)
+    return Key(samples.copy(), np.array([_seed, epoch, KEYED_STREAMS + _stream - 1]))
+
+
+@contextlib.contextmanager
+def repeated() -> Iterator[None]:
+    """The masks that are drawn inside will be drawn again afterwards."""
+    global _drawn, _stream
+    before = _drawn, _stream
+    try:
+        yield
+    finally:
+        _drawn, _stream = before

@@ -227,9 +227,9 @@ def dropout(rng, dtype):
     calls = []
     for (n, m), p in [((5, 7), 0.5), ((1, 1), 0.1), ((3, 1025), 0.9), ((4, 256), 1.0), ((0, 4), 0.5), ((4, 0), 0.5)]:
         x, samples = rng.standard_normal((n, m)).astype(dtype), rng.integers(0, 2**32, n)
-        calls.append(((x, samples, p, 2**40 + 5, 3, 1 << 24), {}))
+        calls.append(((x, samples, p, np.array([2**40 + 5, 3, 1 << 24])), {}))
     x = rng.standard_normal((9, 4)).astype(dtype).T
-    return [*calls, ((x, np.arange(8)[::2], 0.3, 1, 0, 0), {})]
+    return [*calls, ((x, np.arange(8)[::2], 0.3, np.array([1, 0, 0])), {})]
 
 
 def dropout_grad(rng, dtype):

@@ -124,10 +124,6 @@ def doubled(x):
     return Tensor(2 * x.data)
 
 
-def drawn(x):
-    return F.dropout(x, 0.5)
-
-
 def chosen(x):
     """A branch on a value, which two examples in a row do not share."""
     return F.relu(x) if x.data.reshape(-1)[0] > 0.5 else F.sigmoid(x)
@@ -138,7 +134,12 @@ def scaled(x):
     return F.relu(Tensor(x.data * largest(x.data.reshape(-1))))
 
 
-@pytest.mark.parametrize("function", [doubled, drawn, chosen, scaled])
+def drawn(x):
+    """Random numbers of somebody else."""
+    return F.relu(x * Tensor(RNG.random(x.shape, np.float32)))
+
+
+@pytest.mark.parametrize("function", [doubled, chosen, scaled, drawn])
 def test_what_depends_on_values_outside_of_kernels_is_refused(function):
     x = 100 * np.arange(2500, dtype=np.float32).reshape(50, 50)
     with pytest.raises(CaptureError, match=r"do not compute what the function does"):
@@ -231,12 +232,8 @@ def batch_of(size=16):
     return random(size, 32, 32, 3), RNG.integers(0, 10, size)
 
 
-def plain_alexnet(width):
-    return alexnet_cifar(width=width, dropout=0)
-
-
 @pytest.mark.parametrize("choices", [{}, {"fuse": "off"}, {"conv2d": "reference"}, {"pool": "off"}], ids=str)
-@pytest.mark.parametrize("make", [plain_alexnet, resnet18])
+@pytest.mark.parametrize("make", [alexnet_cifar, resnet18])
 def test_training_goes_the_same_way(make, choices):
     batches = [batch_of() for _ in range(4)]
     losses, states = [], []
@@ -256,6 +253,26 @@ def test_training_goes_the_same_way(make, choices):
     assert losses[:4] == losses[4:]
     for name, value in states[0].items():
         np.testing.assert_array_equal(value, states[1][name], err_msg=name)
+
+
+def test_dropout_draws_a_new_mask_at_each_call():
+    def function(x):
+        return F.dropout(x, 0.5)
+
+    x = np.ones((40, 50), np.float32)
+    nc.manual_seed(5)
+    dropped = nc.capture(function, x)
+    found = [dropped(x).data for _ in range(3)]
+    nc.manual_seed(5)
+    for y in found:
+        np.testing.assert_array_equal(y, function(Tensor(x)).data)
+    assert (found[0] != found[1]).any()
+    for epoch in (0, 7):  # and those of the samples of this batch
+        samples = RNG.permutation(1000)[:40]
+        with nc.random.keyed(epoch, samples):
+            y = dropped(x).data
+        with nc.random.keyed(epoch, samples):
+            np.testing.assert_array_equal(y, function(Tensor(x)).data)
 
 
 def test_gradients_that_are_not_forgotten_add_up():
@@ -281,7 +298,7 @@ def test_a_whole_step_is_captured_and_the_weights_put_back():
     images, labels = batch_of()
     losses = []
     for captures in (False, True):
-        step, optimizer, model = training(plain_alexnet)
+        step, optimizer, model = training(alexnet_cifar)
 
         def whole(images, labels, step=step, optimizer=optimizer):
             loss = step(images, labels)

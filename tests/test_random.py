@@ -82,8 +82,8 @@ def test_the_seed_makes_weights_and_masks_again():
     (weights, key), (again, key_again) = draws(), draws()
     np.testing.assert_array_equal(weights, again)
     np.testing.assert_array_equal(key.samples, key_again.samples)
-    assert key[1:] == key_again[1:]
-    assert random.next_key(4)[1:] != key[1:]
+    np.testing.assert_array_equal(key.place, key_again.place)
+    assert random.next_key(4).place.tolist() != key.place.tolist()
 
 
 def test_keyed_numbers_the_calls_and_gives_back_what_was_before():
@@ -92,16 +92,22 @@ def test_keyed_numbers_the_calls_and_gives_back_what_was_before():
         with random.keyed(3, [9]):
             inner = random.next_key(1)
         c = random.next_key(2)
-    assert (a.epoch, inner.epoch) == (2, 3)
+    assert (a.place[1], inner.place[1]) == (2, 3)
     assert inner.samples.tolist() == [9]
-    assert [k.stream - a.stream for k in (a, b, c, inner)] == [0, 1, 2, 0]
+    assert [k.place[2] - a.place[2] for k in (a, b, c, inner)] == [0, 1, 2, 0]
     assert random.next_key(3).samples.tolist() == [0, 1, 2]
+
+
+def test_repeated_masks_are_drawn_again():
+    with random.repeated():
+        a = [random.next_key(1).place.tolist() for _ in range(2)]
+    assert [random.next_key(1).place.tolist() for _ in range(2)] == a
 
 
 def test_keyed_ends_with_an_exception():
     with pytest.raises(KeyError), random.keyed(1, [1]):
         raise KeyError
-    assert random.next_key(1).stream == random.COUNTED_STREAMS
+    assert random.next_key(1).place[2] == random.COUNTED_STREAMS
 
 
 @pytest.mark.parametrize("samples", [[1.5, 2.0], [[1, 2]], 3])

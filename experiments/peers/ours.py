@@ -2,8 +2,14 @@
 
 TITLE = "nanocnn"
 NEEDS = ("nanocnn",)
-TRAIN = {"fastest": "the kernels of the fixed rule, or those of --use"}
-INFER = {"fastest": "the same, frozen: batch norm folded into the convolutions, weights laid out once"}
+TRAIN = {
+    "fastest": "the kernels of the fixed rule, or those of --use",
+    "captured": "the same calls, of forward and backward, recorded once and made again (nanocnn.capture)",
+}
+INFER = {
+    "fastest": "frozen: batch norm folded into the convolutions, weights laid out once",
+    "captured": "the same, its calls recorded once and made again (nanocnn.capture)",
+}
 LAYERS = {"fastest": "the primitives conv2d, conv2d_grad_x, conv2d_grad_w"}
 
 
@@ -33,19 +39,22 @@ def training(task):
     nc, net = prepared(task)
     optimizer = nc.optim.SGD(net.named_parameters(), task.lr, task.momentum, weight_decay=task.weight_decay)
 
-    def backward():
+    def backward(images, labels):
         optimizer.zero_grad()
-        loss = nc.functional.cross_entropy(net(nc.Tensor(task.images)), task.labels)
+        loss = nc.functional.cross_entropy(net(images), labels)
         loss.backward()
-        return loss.item()
+        return loss
+
+    batch = nc.Tensor(task.images), nc.Tensor(task.labels)
+    run = nc.capture(backward, *batch) if task.setting == "captured" else backward
 
     def step():
-        loss = backward()
+        loss = run(*batch).item()
         optimizer.step()
         return loss
 
     def gradients():
-        return backward(), {name: p.grad.copy() for name, p in net.named_parameters()}
+        return run(*batch).item(), {name: p.grad.copy() for name, p in net.named_parameters()}
 
     return step, gradients
 
@@ -53,10 +62,12 @@ def training(task):
 def inference(task):
     nc, net = prepared(task)
     net = nc.nn.freeze(net.eval())
+    with nc.no_grad():
+        run = nc.capture(net, task.images) if task.setting == "captured" else net
 
     def infer():
         with nc.no_grad():
-            return net(nc.Tensor(task.images)).numpy()
+            return run(nc.Tensor(task.images)).numpy()
 
     return infer
 

@@ -15,7 +15,7 @@ class Dropout(Op):
     def forward(self, x, *, p, key):
         samples = to_device(key.samples, device_of(x))
         rows = x.reshape(len(samples), math.prod(x.shape) // max(1, len(samples)))
-        y, mask = kernels.dropout(rows, samples, p, key.seed, key.epoch, key.stream)
+        y, mask = kernels.dropout(rows, samples, p, key.place)
         self.p = p
         self.save(mask)
         return y.reshape(x.shape)
