@@ -126,12 +126,6 @@ class Loan:
         self.start, self.home = start, home
         self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": (start, False)}
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        described: Any = self.__array_interface__
-        return math.prod(described["shape"]) * np.dtype(described["typestr"]).itemsize
-
     def __del__(self) -> None:
         self.home.append(self.start)
 
@@ -160,7 +154,7 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
             _lock.release()
     loan = Loan(start, home, shape, dtype)
     if _watch is not None:
-        _watch.append(loan)
+        _watch.add(loan)
     return np.asarray(loan)
 
 
@@ -187,29 +181,42 @@ def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.ndarray(shape, dtype, buffer)
 
 
-_watch: list[Loan] | None = None
+class Lent:
+    """What the pool has lent in a while, numbered. It keeps no loan alive."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []  # bytes, by number
+        self._number: dict[int, int] = {}  # by the id of a loan: of several that had it one after the other, the last
+
+    def add(self, loan: Loan) -> None:
+        described: Any = loan.__array_interface__
+        self._number[id(loan)] = len(self.sizes)
+        self.sizes.append(math.prod(described["shape"]) * np.dtype(described["typestr"]).itemsize)
+
+    def find(self, x: np.ndarray) -> tuple[int, int] | None:
+        """The number of the loan that holds the memory of `x`, and how many bytes further in it begins; or None."""
+        loan: Any = x
+        while isinstance(loan, np.ndarray):
+            loan = loan.base
+        number = self._number.get(id(loan)) if isinstance(loan, Loan) else None
+        return None if number is None else (number, x.__array_interface__["data"][0] - loan.start)
+
+
+_watch: Lent | None = None
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Loan]]:
-    """The loans that are made inside, which live at least as long as the list. For nanocnn.capture.
+def watched() -> Iterator[Lent]:
+    """What the pool lends inside. For nanocnn.capture.
 
     This thread's scratch memory begins anew, and again afterwards: what was called inside keeps its own.
     """
     global _watch
-    _own.buffer, _watch = None, []
+    _own.buffer, _watch = None, Lent()
     try:
         yield _watch
     finally:
         _own.buffer = _watch = None
-
-
-def loan_of(x: np.ndarray) -> Loan | None:
-    """The loan of the pool that holds the memory of `x`, or None."""
-    owner: Any = x
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    return owner if isinstance(owner, Loan) else None
 
 
 def spare(peak: int) -> int:

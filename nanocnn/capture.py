@@ -35,8 +35,10 @@ taken for other values than these.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +82,6 @@ class Captured:
 
     def __init__(self, calls: list[Call], inputs: list[np.ndarray], output: Any, block: np.ndarray):
         self.calls, self.inputs, self.output, self.bytes = calls, inputs, output, block.nbytes
-        self._own = [*inputs, block]
         # Most are compiled functions that return nothing: of those a plain loop over two names is all that is left.
         self._steps = [(c, ()) if c.kwargs or c.result is not None else (c.function, c.args) for c in calls]
         self._lock = threading.Lock()
@@ -99,16 +100,6 @@ class Captured:
             for function, args in self._steps:
                 function(*args)
             return _each(self.output, lambda y: Tensor(y.data.copy()))
-
-    def standing(self) -> list[np.ndarray]:
-        """The floats that the calls find where they always lie: weights above all."""
-        found = {
-            (_address(x), x.shape): x
-            for call in self.calls
-            for x in _arrays((call.args, tuple(call.kwargs.values())))
-            if x.dtype.kind == "f" and x.flags.writeable and not any(np.may_share_memory(x, y) for y in self._own)
-        }
-        return list(found.values())
 
     def __str__(self) -> str:
         lines = [f"{i:4}  {call}" for i, call in enumerate(self.calls)]
@@ -129,32 +120,85 @@ def capture(function: Callable[..., Any], *inputs: Any) -> Captured:
     if dispatch.recorder is not None:
         raise CaptureError("a profile records, and would measure the recording: capture before it begins")
     held = [np.array(x, order="C") for x in arrays]
-    first, tape = _Tape(), _Tape()
+    first = _Recorder()
     try:
         with random.repeated(), first.recording():  # compiles, and lays out constant weights: not to be repeated
             function(*map(Tensor, held))
         first.put_back()
-        with random.repeated(), memory.watched() as loans, tape.recording():
-            output = _checked(function(*map(Tensor, held)))
-        captured = _in_one_block(tape.calls, held, output, loans)
-        state = [*(x for address, (x, _) in first.changed.items() if address in tape.changed), *tape.gradients]
-        del loans, output, tape
-        _compare(captured, function, [x.copy() for x in held], state, first.put_back)
+        with random.repeated(), memory.watched() as lent:
+            tape = _Tape(lent, held)
+            with tape.recording():
+                output = tape.place(_checked(function(*map(Tensor, held))))
+        state = [*(x for where, (x, _) in first.changed.items() if where in tape.changed), *tape.gradients]
+        trial = _Trial(held, tape.standing(), state, first.put_back)
+        expected = trial.results(function)
+        memory.trim()  # the block is to take the room of what was lent, not to lie beside it
+        captured = _in_one_block(tape.calls, held, output, lent.sizes)
+        trial.compare(expected, trial.results(captured))
     finally:
         first.put_back()
     return captured
 
 
-class _Tape(dispatch.Recorder):
-    """Writes down the calls that this thread makes."""
+class Place(NamedTuple):
+    """An array in memory that the pool has lent."""
+
+    loan: int  # its number
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    strides: tuple[int, ...]
+
+
+class Output(NamedTuple):
+    """A tensor there."""
+
+    data: Place
+
+
+class _Recorder(dispatch.Recorder):
+    """Notes what primitives change in place."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
         self.thread = threading.get_ident()
+        self.changed: dict[
+            tuple[int, int], tuple[np.ndarray, np.ndarray]
+        ] = {}  # by address and bytes: an array, and what it held before
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        dispatch.recorder = self
+        try:
+            yield
+        finally:
+            dispatch.recorder = None
+
+    def kernel(self, primitive: dispatch.Primitive, variant: dispatch.Variant, args: tuple, kwargs: dict) -> Any:
+        if primitive.inplace and threading.get_ident() == self.thread:
+            for x in _arrays((args, tuple(kwargs.values()))):
+                if x.flags.writeable:
+                    self.changed.setdefault((_address(x), x.nbytes), (x, x.copy()))
+        return variant.body(*args, **kwargs)
+
+    def put_back(self) -> None:
+        """What was changed is what it was."""
+        for x, before in self.changed.values():
+            x[...] = before
+
+
+class _Tape(_Recorder):
+    """Writes down the calls that this thread makes, and where their arrays lie.
+
+    It keeps no array alive that the pool has lent: the recording takes no more memory than the function.
+    """
+
+    def __init__(self, lent: memory.Lent, inputs: list[np.ndarray]) -> None:
+        super().__init__()
+        self.lent, self.inputs = lent, {_address(x) for x in inputs}
+        self.calls: list[Call] = []
+        self.gradients: list[np.ndarray] = []
         self.within = ("", "")  # the primitive that runs, and its variant
         self.listens = True
-        self.changed: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by address: an array, and what it held before
-        self.gradients: list[np.ndarray] = []
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -168,31 +212,39 @@ class _Tape(dispatch.Recorder):
             return result
 
         setattr(CPUDispatcher, "__call__", call)  # noqa: B010  mypy forbids it otherwise
-        dispatch.recorder = self
         try:
-            yield
+            with super().recording():
+                yield
         finally:
-            dispatch.recorder = None
             delattr(CPUDispatcher, "__call__")  # what it inherits is left
 
     def mine(self) -> bool:
         return self.listens and threading.get_ident() == self.thread
 
+    def place(self, x: Any) -> Any:
+        """`x` with a Place for each array that the pool has lent."""
+
+        def placed(y: Any) -> Any:
+            if isinstance(y, Tensor):
+                return Tensor(y.data) if self.lent.find(y.data) is None else Output(placed(y.data))
+            found = self.lent.find(y)
+            return y if found is None else Place(*found, y.shape, y.dtype, y.strides)
+
+        return _each(x, placed)
+
     def add(self, name: str, variant: str, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
-        self.calls.append(Call(name, variant, function, args, kwargs, result if _arrays(result) else None))
+        kwargs = {key: self.place(value) for key, value in kwargs.items()}
+        result = self.place(result) if _arrays(result) else None
+        self.calls.append(Call(name, variant, function, self.place(args), kwargs, result))
 
     def kernel(self, primitive: dispatch.Primitive, variant: dispatch.Variant, args: tuple, kwargs: dict) -> Any:
         if not self.mine():
             return variant.body(*args, **kwargs)
-        if primitive.inplace:
-            for x in _arrays((args, tuple(kwargs.values()))):
-                if x.flags.writeable:
-                    self.changed.setdefault(_address(x), (x, x.copy()))
         before, self.within = self.within, (primitive.name, variant.name)
         try:
             if variant.name == "reference":
-                return self.whole(*self.within, variant.body, args, kwargs)
-            return variant.body(*args, **kwargs)
+                return self.whole(partial(super().kernel, primitive, variant), variant.body, args, kwargs)
+            return super().kernel(primitive, variant, args, kwargs)
         finally:
             self.within = before
 
@@ -210,98 +262,116 @@ class _Tape(dispatch.Recorder):
             return function(*args)
         if isinstance(function, Arrival):
             self.gradients.append(function.leaf.grad_buffer)
-        return self.whole(*self.within, function, args, {})
+        return self.whole(lambda args, kwargs: function(*args), function, args, {})
 
-    def whole(self, name: str, variant: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def standing(self) -> list[np.ndarray]:
+        """The floats that the calls find where they always lie: weights above all."""
+        found = {}
+        for call in self.calls:
+            for x in _those((call.args, tuple(call.kwargs.values())), np.ndarray):
+                if x.dtype.kind == "f" and x.flags.writeable and _address(x) not in self.inputs:
+                    found[_address(x), x.shape] = x
+        return list(found.values())
+
+    def whole(self, run: Callable[[tuple, dict], Any], function: Callable, args: tuple, kwargs: dict) -> Any:
         """Run it, and write it down as one call."""
         self.listens = False
         try:
-            result = _no_scalar(function(*args, **kwargs))
+            result = _no_scalar(run(args, kwargs))
         finally:
             self.listens = True
-        self.add(name, variant, function, args, kwargs, result)
+        self.add(*self.within, function, args, kwargs, result)
         return result
 
-    def put_back(self) -> None:
-        """What primitives have changed in place is what it was."""
-        for x, before in self.changed.values():
-            x[...] = before
 
-
-def _in_one_block(calls: list[Call], inputs: list[np.ndarray], output: Any, loans: list[memory.Loan]) -> Captured:
-    """The same calls, with all arrays that the pool lent meanwhile in one block; each place is used by many."""
-    number = {id(loan): i for i, loan in enumerate(loans)}
-    first, last = [len(calls)] * len(loans), [-1] * len(loans)
-    uses = [_arrays((c.args, tuple(c.kwargs.values()), c.result)) for c in calls]
-    for when, arrays in enumerate([*uses, _arrays(output)]):
-        for x in arrays:
-            i = number.get(id(memory.loan_of(x)))
-            if i is not None:
-                first[i], last[i] = min(first[i], when), max(last[i], when)
-    used = [i for i in range(len(loans)) if last[i] >= 0]
-    offsets, size = arrange([Life(loans[i].size, first[i], last[i]) for i in used])
-    offset = dict(zip(used, offsets, strict=True))
+def _in_one_block(calls: list[Call], inputs: list[np.ndarray], output: Any, sizes: list[int]) -> Captured:
+    """The same calls, with all that the pool had lent in one block; each place in it is used by many."""
+    uses = [[p.loan for p in _those((c.args, tuple(c.kwargs.values()), c.result), Place)] for c in calls]
+    uses.append([p.loan for p in _those(output, Place)])
+    lives: dict[int, Life] = {}
+    for when, loans in enumerate(uses):
+        for i in loans:
+            lives[i] = Life(sizes[i], lives[i].first if i in lives else when, when)
+    offsets, size = arrange(list(lives.values()))
+    offset = dict(zip(lives, offsets, strict=True))
     block = memory.empty(size, np.uint8)
 
-    def moved(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return Tensor(moved(x.data))
-        loan = memory.loan_of(x)
-        i = number.get(id(loan))
-        if loan is None or i is None:
-            return x
-        return np.ndarray(x.shape, x.dtype, block, offset[i] + _address(x) - loan.start, x.strides)
+    def array(p: Any) -> Any:
+        if isinstance(p, Place):
+            return np.ndarray(p.shape, p.dtype, block, offset[p.loan] + p.offset, p.strides)
+        return Tensor(array(p.data)) if isinstance(p, Output) else p
 
     again = []
     for c in calls:
-        kwargs = {name: _each(value, moved) for name, value in c.kwargs.items()}
-        again.append(c._replace(args=_each(c.args, moved), kwargs=kwargs, result=_each(c.result, moved)))
-    return Captured(again, inputs, _each(output, moved), block)
+        kwargs = {name: _each(value, array) for name, value in c.kwargs.items()}
+        again.append(c._replace(args=_each(c.args, array), kwargs=kwargs, result=_each(c.result, array)))
+    return Captured(again, inputs, _each(output, array), block)
 
 
-def _compare(
-    captured: Captured,
-    function: Callable[..., Any],
-    inputs: list[np.ndarray],
-    state: list[np.ndarray],
-    put_back: Callable[[], None],
-) -> None:
-    """Raise CaptureError unless it does on other values, and then on the first ones again, what the function does.
+class _Trial:
+    """Is it the same function, on other values than those that it was captured with, and then on these again?
 
-    That is what it returns and what it leaves in `state`. Other values are those of the weights, too: a kernel may have
-    read a copy of them that NumPy made.
+    That is what it returns and what it leaves in `state`: gradients, and what is changed in place. Other values are
+    those of what is `standing`, too: a kernel may have read a copy of the weights that NumPy made.
     """
-    rng = np.random.default_rng(0)
-    others = [rng.permutation(x.reshape(-1)).reshape(x.shape) for x in inputs]  # of integers these are valid, too
-    others = [x + rng.standard_normal(x.shape).astype(x.dtype) if x.dtype.kind == "f" else x for x in others]
-    standing = [(x, x.copy(), rng.uniform(0.9, 1.1, x.shape).astype(x.dtype)) for x in captured.standing()]
-    for values in (others, inputs):
-        results = []
-        for do in (function, captured):
-            for x in state:
+
+    def __init__(self, inputs: list[np.ndarray], standing: list, state: list, put_back: Callable[[], None]):
+        rng = np.random.default_rng(0)
+        others = [rng.permutation(x.reshape(-1)).reshape(x.shape) for x in inputs]  # of integers these are valid, too
+        others = [x + rng.standard_normal(x.shape).astype(x.dtype) if x.dtype.kind == "f" else x for x in others]
+        self.tries = (others, 2.0), ([x.copy() for x in inputs], 1.0)
+        self.standing, self.state, self.put_back = standing, state, put_back
+
+    def results(self, function: Callable[..., Any]) -> list[tuple[list[np.ndarray], list[bytes]]]:
+        """For each try, what the function returns, and digests of what it leaves."""
+        found = []
+        for values, factor in self.tries:
+            for x in self.state:
                 x[...] = 0
-            put_back()
-            with np.errstate(all="ignore"):  # some was never written, and may hold anything
-                for x, before, factor in standing:
-                    x[...] = before * factor if values is others else before
-            with random.repeated():
-                y = do(*map(Tensor, values))
-            results.append([x.copy() for x in (*_arrays(_checked(y)), *state)])
-        for x, y in zip(*results, strict=True):
-            if not np.array_equal(x, y, equal_nan=True):
+            self.put_back()
+            with random.repeated(), _scaled(self.standing, factor):
+                y = _arrays(_checked(function(*map(Tensor, values))))
+                left = [hashlib.sha256(np.ascontiguousarray(x).data).digest() for x in self.state]
+            found.append(([x.copy() for x in y], left))
+        return found
+
+    def compare(self, expected: list, found: list) -> None:
+        """Raise CaptureError unless all is the same, bit by bit."""
+        for (y, left), (y_here, left_here) in zip(expected, found, strict=True):
+            same = [np.array_equal(a, b, equal_nan=True) for a, b in zip(y, y_here, strict=True)]
+            if not all(same) or left != left_here:
+                off = max(np.max(np.abs(a - b), initial=0) for a, b in zip(y, y_here, strict=True))
+                arrays = sum(a != b for a, b in zip(left, left_here, strict=True))
                 raise CaptureError(
-                    f"the {len(captured.calls)} calls that were recorded do not compute what the function does: on "
-                    f"other values the results differ by up to {np.max(np.abs(x - y)):.3g}. Something in it works on "
-                    "values outside of kernels and ops (NumPy, Python, a random draw): leave it outside of the capture"
+                    "the calls that were recorded do not compute what the function does: on other values results "
+                    f"differ by up to {off:.3g}, and {arrays} of {len(left)} arrays that are changed in place or "
+                    "gradients. Something in it works on values outside of kernels and ops (NumPy, Python, a random "
+                    "draw): leave it outside of the capture"
                 )
+
+
+@contextlib.contextmanager
+def _scaled(arrays: list[np.ndarray], factor: float) -> Iterator[None]:
+    """Every other number times a power of two, which can be undone to the last bit."""
+
+    def scale(by: float) -> None:
+        with np.errstate(all="ignore"):  # some memory was never written, and may hold anything
+            for x in arrays:
+                np.atleast_1d(x)[..., ::2] *= by
+
+    scale(factor)
+    try:
+        yield
+    finally:
+        scale(1 / factor)
 
 
 # ------------------------------------------------------------------ arrays in arguments
 
 
 def _each(x: Any, do: Callable[[Any], Any]) -> Any:
-    """`x` with `do(a)` for each array or tensor `a` in it: in tuples, named ones and lists."""
-    if isinstance(x, np.ndarray | Tensor):
+    """`x` with `do(a)` for each array, tensor or place `a` in it: in tuples, named ones and lists."""
+    if isinstance(x, np.ndarray | Tensor | Place | Output):
         return do(x)
     if isinstance(x, tuple | list):
         items = [_each(item, do) for item in x]
@@ -314,6 +384,13 @@ def _arrays(x: Any) -> list[np.ndarray]:
     found: list[np.ndarray] = []
     _each(x, lambda y: found.append(_array(y)))
     return found
+
+
+def _those(x: Any, kind: type) -> list[Any]:
+    """Those arrays and places in `x` that are of this kind, in order."""
+    found: list[Any] = []
+    _each(x, lambda y: found.append(y.data if isinstance(y, Output | Tensor) else y))
+    return [y for y in found if isinstance(y, kind)]
 
 
 def _array(x: Any) -> Any:
