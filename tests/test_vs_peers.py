@@ -46,13 +46,16 @@ def test_alone(tmp_path):
     assert set(result["peers"]) == {"ours"}
     assert result["machine"]["processor"]["name"]
     for entry in result["networks"]:
-        (row,) = entry["rows"]
-        assert len(row["seconds"]) == 1
-        assert row["median"] == row["minimum"] == row["seconds"][0] > 0
-        assert row["environment"] == {"NANOCNN_THREADS": "1"}
+        assert [row["setting"] for row in entry["rows"]] == ["fastest", "captured"]
+        for row in entry["rows"]:
+            assert len(row["seconds"]) == 1
+            assert row["median"] == row["minimum"] == row["seconds"][0] > 0
+            assert row["environment"] == {"NANOCNN_THREADS": "1"}
+        assert set(entry["rows"][1]["check"].values()) != set()
+        assert all(difference == 0 for difference, _ in entry["rows"][1]["check"].values())
     train = result["networks"][0]["rows"][0]
     assert train["memory"] > 1e6  # the weights, their gradients and momentum alone
-    assert "nobody to compare with" in printed
+    assert "ours (captured): loss 0.0e+00" in printed
 
 
 def test_pytorch_computes_the_same(tmp_path):
@@ -60,12 +63,13 @@ def test_pytorch_computes_the_same(tmp_path):
     result, printed = run(tmp_path, "--peers", "pytorch", "--models", "resnet18")
     assert len(result["networks"]) == 2
     for entry in result["networks"]:
-        assert [row["setting"] for row in entry["rows"]] == ["fastest", "contiguous", "channels_last"]
+        assert [row["setting"] for row in entry["rows"]] == ["fastest", "captured", "contiguous", "channels_last"]
         assert entry["rows"][0]["check"] == {}
         for row in entry["rows"][1:]:
             expected = {"loss", "gradient"} if entry["mode"] == "train" else {"logits"}
             assert set(row["check"]) == expected
-            assert 0 < max(difference for difference, _ in row["check"].values()) < 0.05
+            most = max(difference for difference, _ in row["check"].values())
+            assert most == 0 if row["peer"] == "ours" else 0 < most < 0.05
             assert row["environment"]["THP_MEM_ALLOC_ENABLE"] == "1"
     assert printed.count("ours / the best of PyTorch") == 2
 

@@ -44,19 +44,19 @@ def agreement(rows: list[Row], tolerances: dict[str, float]) -> str:
 
 
 def network_table(entry: dict, result: dict) -> str:
-    """One network in one mode: a line for each contender, then what ours takes of the best of them."""
+    """One network in one mode: a line for each contender, then what ours, in its best setting, takes of the best."""
     rows, batch = entry["rows"], result["batch"]
     width = max(len(label(row, result)) for row in rows)
     lines = [f"  {'':{width}}  median ms  minimum  images/s  memory MB  ours / theirs: median, minimum"]
-    ours = rows[0]
+    ours = best(rows, "ours")
     for row in rows:
         ratio = ""
-        if row is not ours:
+        if ours and row is not ours:
             ratio = f"{ours['median'] / row['median']:.2f}, {ours['minimum'] / row['minimum']:.2f}"
         milliseconds = f"{row['median'] * 1e3:9.2f}  {row['minimum'] * 1e3:7.2f}  {batch / row['median']:8,.0f}"
         lines.append(f"  {label(row, result):{width}}  {milliseconds}  {row['memory'] / 1e6:9,.0f}  {ratio}".rstrip())
     for title, row in (("the best of PyTorch", best(rows, "pytorch")), ("the best of all", best(rows))):
-        if row:
+        if row and ours:
             lines.append(f"  ours / {title}, {label(row, result)}: {ours['median'] / row['median']:.2f}")
     return "\n".join(lines)
 
