@@ -51,8 +51,7 @@ def test_alone(tmp_path):
             assert len(row["seconds"]) == 1
             assert row["median"] == row["minimum"] == row["seconds"][0] > 0
             assert row["environment"] == {"NANOCNN_THREADS": "1"}
-        assert set(entry["rows"][1]["check"].values()) != set()
-        assert all(difference == 0 for difference, _ in entry["rows"][1]["check"].values())
+        assert {difference for difference, _ in entry["rows"][1]["check"].values()} == {0}
     train = result["networks"][0]["rows"][0]
     assert train["memory"] > 1e6  # the weights, their gradients and momentum alone
     assert "ours (captured): loss 0.0e+00" in printed
