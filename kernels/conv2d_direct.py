@@ -31,11 +31,14 @@ from .pack import panels_of, swap_channels
 from .simd import distance, lanes, load, minimum, splat, store, unrolled
 from .tile import (
     ROWS,
+    STEPS,
+    VECTORS,
     add_tiles,
     finish_tile,
     load_tile,
     load_tile_edge,
     multiply,
+    multiply_and_ask,
     panel,
     panel_width,
     part,
@@ -108,8 +111,8 @@ def _gather(x, table, runs, taps, first, c, columns, at):
 
 @njit(parallel=True, cache=True)
 def _convolve(
-    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, by_panels, block,
-    work, tables,
+    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, by_panels,
+    taps_first, block, work, tables,
 ):  # fmt: skip
     """y[y_first + y_step (i, j)] = epilogue(sum over taps of x[step (i, j) + tap] w[tap]).
 
@@ -123,14 +126,15 @@ def _convolve(
         _convolve_share(
             x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step,
             (rows, columns), (0, positions) if by_panels else part(worker, workers, positions),
-            part(worker, workers, panels) if by_panels else (0, panels), block, work[worker], tables[worker],
+            part(worker, workers, panels) if by_panels else (0, panels), taps_first, block, work[worker],
+            tables[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _convolve_share(
     x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, across, share,
-    of_worker, block, work, table,
+    of_worker, taps_first, block, work, table,
 ):  # fmt: skip
     number = taps[0].size * taps[1].size
     channels, o = depth // max(1, number), y.shape[3] // groups
@@ -155,6 +159,12 @@ def _convolve_share(
                 for r in range(count):
                     table[r] = columns + r * depth
                 a, begin, each, c = work, 0, 1, depth
+            if taps_first:
+                _taps_first(
+                    a, begin, w, y, bias, low, residual, has_residual, table, to, count, each, c,
+                    (group * panels, group * o), of_worker,
+                )  # fmt: skip
+                continue
             for p in range(of_worker[0], of_worker[1]):
                 wide = width if packed else o
                 b = (group * panels + p) * depth * width if packed else p * width
@@ -173,6 +183,29 @@ def _convolve_share(
                         if has_residual:
                             tile = add_tiles(tile, load_tile_edge(residual, y_at, offsets, many))
                         store_tile_edge(y, y_at, offsets, many, finish_tile(tile, bias, y_at, low))
+
+
+@njit(cache=True)
+def _taps_first(
+    a, begin, w, y, bias, low, residual, has_residual, table, to, count, each, c, first, of_worker
+):  # fmt: skip
+    """The panels from memory, once: all tiles use a tap's part of one, and ask for the next part while they do."""
+    width, tiles = panel(y), (count + ROWS - 1) // ROWS
+    lines = (STEPS * VECTORS + tiles - 1) // tiles
+    for p in range(of_worker[0], of_worker[1]):
+        y_at = first[1] + p * width
+        for tap in range(each):
+            b = ((first[0] + p) * each + tap) * c * width
+            for r in range(0, count, ROWS):
+                rows = _offsets(to, r, count, 0, 1)
+                tile = load_tile(y, y_at, rows) if tap > 0 else zero_tile(y)
+                soon = b + (c + r // ROWS * c // tiles) * width
+                tile = multiply_and_ask(tile, a, begin, _offsets(table, r, count, tap, each), 1, w, b, c, soon, lines)
+                if tap == each - 1:
+                    if has_residual:
+                        tile = add_tiles(tile, load_tile(residual, y_at, rows))
+                    tile = finish_tile(tile, bias, y_at, low)
+                store_tile(y, y_at, rows, tile)
 
 
 def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=False):
@@ -194,13 +227,14 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     block = max(2 * ROWS, min(512, L2 // 4 // reach // ROWS * ROWS, -(-mine // ROWS) * ROWS))
     few = x.shape[3] // groups < FEW_CHANNELS
     size = x.shape[3] + width + block * number * FEW_CHANNELS * few
+    taps_first = by_panels and packed and not few and block >= rows and o % width == 0
     work = scratch((workers, size), y.dtype)
     tables = np.empty((workers, block * (number + 1) + 1), np.int64)
     floor = y.dtype.type(0 if relu else -np.inf)
     plus = y if residual is None else contiguous(residual)
     _convolve(
         x, w.reshape(w.size), groups, depth, packed, y, padded, floor, plus, residual is not None, taps, step, y_first,
-        y_step, by_panels, block, work, tables,
+        y_step, by_panels, taps_first, block, work, tables,
     )  # fmt: skip
 
 

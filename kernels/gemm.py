@@ -24,14 +24,16 @@ from .constant import derived, is_constant
 from .epilogue import padded_bias
 from .memory import contiguous, scratch
 from .pack import panels_of, swap_square
-from .simd import lanes, load, prefetch, splat, store
+from .simd import lanes, load, splat, store
 from .tile import (
     ROWS,
+    STEPS,
     VECTORS,
     finish_tile,
     load_tile,
     load_tile_edge,
     multiply,
+    multiply_and_ask,
     panel,
     panel_width,
     part,
@@ -42,7 +44,6 @@ from .tile import (
 )
 
 DEPTH, COLUMNS, ROWS_HELD = 256, 256, 256  # of float32: 256 KB of B and 256 KB of A, in an L2 of 512 KB or more
-STEPS = 8  # of a tile, for each cache line asked for
 
 
 def gemm(a, b, out, bias=None, relu=False):
@@ -110,7 +111,7 @@ def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, pac
                         if packed:
                             j = (n0 + p) * depth_of_all + k0 * width
                             soon = j + (depth_of_all + r // ROWS * (DEPTH // STEPS // VECTORS)) * width
-                            tile = _multiply_and_ask(tile, work, i, offsets, b, j, k, soon)
+                            tile = multiply_and_ask(tile, work, i, offsets, width, b, j, k, soon, 1)
                         else:
                             tile = multiply(tile, work, i, offsets, width, work, p * DEPTH, width, k)
                         if k0 + k == depth_of_all:
@@ -119,16 +120,6 @@ def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, pac
                             store_tile(c, at, to, tile)
                         else:
                             store_tile_edge(c, at, to, n - p, tile)
-
-
-@njit(forceinline=True)
-def _multiply_and_ask(tile, a, i, offsets, b, j, depth, soon):
-    """tile + A B, and meanwhile what lies at `soon` in B comes into the cache, a line every STEPS steps."""
-    width, n = panel(a), lanes(a)
-    for k in range(0, depth, STEPS):
-        prefetch(b, soon + k // STEPS * n)
-        tile = multiply(tile, a, i + k * width, offsets, width, b, j + k * width, width, min(STEPS, depth - k))
-    return tile
 
 
 @njit(cache=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .simd import REGISTERS, WIDTH, broadcast, fma, lanes, load, minimum, select, store, unrolled, zeros
+from .simd import REGISTERS, WIDTH, broadcast, fma, lanes, load, minimum, prefetch, select, store, unrolled, zeros
 
 ROWS, VECTORS = (8, 2) if REGISTERS == 32 else (4, 2)  # accumulators, two vectors of B and a broadcast must fit
 
@@ -85,6 +85,23 @@ def multiply(tile, a, i, offsets, step, b, j, width, depth):
     """tile + A B: A's rows at `i + offsets` with `step` between columns, B's rows `width` apart from `j` on."""
     for k in range(depth):
         tile = rank_one(tile, a, i + k * step, offsets, b, j + k * width)
+    return tile
+
+
+STEPS = 8
+
+
+@njit(forceinline=True)
+def multiply_and_ask(tile, a, i, offsets, step, b, j, depth, soon, lines):
+    """tile + A B, B in panels; meanwhile what lies at `soon` in B comes into the cache, `lines` lines in STEPS steps.
+
+    Asked for at once, they would help nothing: a core waits for a few at a time.
+    """
+    width, n = panel(b), lanes(b)
+    for k in range(0, depth, STEPS):
+        for line in range(lines):
+            prefetch(b, soon + (k // STEPS * lines + line) * n)
+        tile = multiply(tile, a, i + k * step, offsets, step, b, j + k * width, width, min(STEPS, depth - k))
     return tile
 
 

@@ -69,7 +69,7 @@ def test_pytorch_computes_the_same(tmp_path):
             assert set(row["check"]) == expected
             most = max(difference for difference, _ in row["check"].values())
             assert most == 0 if row["peer"] == "ours" else 0 < most < 0.05
-            assert row["environment"]["THP_MEM_ALLOC_ENABLE"] == "1"
+            assert row["peer"] == "ours" or row["environment"]["THP_MEM_ALLOC_ENABLE"] == "1"
     assert printed.count("ours / the best of PyTorch") == 2
 
 
