@@ -25,9 +25,11 @@ from .pack import swap_channels
 from .simd import distance, lanes, splat
 from .tile import (
     ROWS,
+    STEPS,
     VECTORS,
     load_tile,
     multiply,
+    multiply_and_ask,
     panel,
     panel_width,
     part,
@@ -200,6 +202,7 @@ def _forward_share(
     image, out = (x.shape[1], x.shape[2], x.shape[3]), (y.shape[1], y.shape[2], y.shape[3])
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
+        few = count <= 2 * ROWS and not own  # then a plane of the weights is read once, and its next one asked for
         _pixels_of(coming, begin, across, algorithm.inputs, algorithm.advance, first, image, zeros)
         for t in range(count):
             table, coming = coming, table
@@ -214,11 +217,12 @@ def _forward_share(
             for plane in range(square):
                 at = plane * u_stride + (0 if own else p * u_panel)
                 for t in range(0, count, ROWS):
-                    offsets = row_offsets(count - t, depth)
-                    tile = multiply(
-                        zero_tile(x), work, v + plane * v_stride + t * depth, offsets, 1,
-                        u, at, width, c,
-                    )  # fmt: skip
+                    a, offsets = v + plane * v_stride + t * depth, row_offsets(count - t, depth)
+                    if few:
+                        soon = at + u_stride + t // ROWS * c // 2 * width
+                        tile = multiply_and_ask(zero_tile(x), work, a, offsets, 1, u, at, c, soon, STEPS * VECTORS)
+                    else:
+                        tile = multiply(zero_tile(x), work, a, offsets, 1, u, at, width, c)
                     store_tile(work, m + plane * m_stride + t * width, row_offsets(count - t, width), tile)
             for t in range(count):
                 _pixels_of(table, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, sink)
