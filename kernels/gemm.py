@@ -2,7 +2,7 @@
 
 The tile reads a panel of A and a panel of B from end to end, one cache line after the other. So a block of each is
 first copied into panels: a block of B (DEPTH rows, COLUMNS columns) and one of A (ROWS_HELD rows, DEPTH columns) stay
-in L2 while all their tiles pass, and one panel of B, 32 KB, in L1. Copying a number costs little beside the hundreds of
+in L2 while all their tiles pass. Copying a number costs little beside the hundreds of
 multiply-adds that use it, and it is where a transposed operand is turned: by squares of vectors, in registers. Without
 it, the rows of a 4096 x 4096 matrix, 16 KB apart, fall into the same few sets of the cache (36 ms in place of 9).
 
@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit, prange
 
 from . import threads
+from .caches import L2
 from .constant import derived, is_constant
 from .epilogue import padded_bias
 from .memory import contiguous, scratch
@@ -43,7 +44,9 @@ from .tile import (
     zero_tile,
 )
 
-DEPTH, COLUMNS, ROWS_HELD = 256, 256, 256  # of float32: 256 KB of B and 256 KB of A, in an L2 of 512 KB or more
+# Of float32: 128 KB of B and 512 KB of A in an L2 of 1 MB or more, else 256 KB of each. The deeper a block, the more of
+# a row is read at once, and the less often a tile of C comes and goes.
+DEPTH, COLUMNS, ROWS_HELD = (512, 64, 256) if L2 >= 1 << 20 else (256, 256, 256)
 
 
 def gemm(a, b, out, bias=None, relu=False):
