@@ -193,6 +193,9 @@ def _cross_entropy(logits, labels, smoothing, loss, lse):
             total += exp(row[c] - m)
             plain += row[c] - m
         log_sum = math.log(total)
+        if not 0 <= labels[r] < row.size:  # a captured step does not look at its labels before
+            loss[r] = lse[0, r] = lse[1, r] = np.nan
+            continue
         value = log_sum - (1 - smoothing) * (row[labels[r]] - m)
         if smoothing > 0:
             value -= smoothing / row.size * plain

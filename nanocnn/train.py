@@ -6,18 +6,28 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from . import functional as F
 from . import random
+from .capture import Captured, CaptureError, capture
 from .data import Batch
-from .kernels.dispatch import span
+from .kernels import dispatch
+from .kernels.dispatch import Switch, span
 from .metrics import confusion_matrix
 from .nn import Module
 from .optim import Optimizer, clip_grad_norm_
 from .parallel import Comm, GradientAverager
 from .tensor import Tensor, no_grad
+
+graph = Switch(
+    "graph",
+    "how a training step of a process alone reaches its kernels",
+    off="through Python, op by op",
+    on="the kernel calls of forward and backward are recorded once, and made again (capture.py)",
+)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -48,12 +58,20 @@ def train_step(
 
     Raises NonFiniteLoss, on all ranks alike and before the update, if the global loss is NaN or infinite.
     """
-    averager.zero()
-    with random.keyed(batch.epoch, batch.index):
-        logits = model(Tensor(batch.x))
+
+    def forward_backward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        averager.zero()
+        logits = model(x)
         # Ranks may hold unequal parts of the global batch: the sum over it divided by its size is the mean over it.
-        loss = F.cross_entropy(logits, batch.y, label_smoothing, reduction="sum")
+        loss = F.cross_entropy(logits, y, label_smoothing, reduction="sum")
         (loss * (1 / batch.global_size)).backward()  # buckets leave as they fill
+        return loss, logits
+
+    with random.keyed(batch.epoch, batch.index):
+        run: Any = forward_backward
+        if graph.value == "on" and averager.comm.size == 1 and dispatch.recorder is None:
+            run = _recorded(model, forward_backward, batch, label_smoothing)
+        loss, logits = run(Tensor(batch.x), Tensor(batch.y))
     averager.finish()
     correct = (logits.data.argmax(axis=1) == batch.y).sum()
     with span("totals", "communication"):
@@ -69,6 +87,25 @@ def train_step(
         clip_grad_norm_(averager.buckets, clip)
     optimizer.step(lr)
     return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
+
+
+_recordings: WeakKeyDictionary[Module, tuple[tuple, Captured]] = WeakKeyDictionary()  # with what they were made for
+
+
+def _recorded(model: Module, function: Callable[..., Any], batch: Batch, label_smoothing: float) -> Captured:
+    """The function, captured: once for each model, and anew if anything has changed that is not in the arrays."""
+    shapes = batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size
+    key = *shapes, label_smoothing, str(dispatch.choices_in_force())
+    made_for, captured = _recordings.get(model, (None, None))
+    if captured is None or made_for != key:
+        _recordings.pop(model, None)  # its memory is for the next one
+        try:
+            captured = capture(function, batch.x, batch.y)
+        except CaptureError as error:
+            error.add_note("(the switch graph=off trains without capturing)")
+            raise
+        _recordings[model] = key, captured
+    return captured
 
 
 class Evaluation(NamedTuple):

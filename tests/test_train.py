@@ -9,6 +9,7 @@ import pytest
 
 import nanocnn as nc
 from nanocnn import nn
+from nanocnn.capture import CaptureError
 from nanocnn.data import Augment, Batch, Loader
 from nanocnn.models import alexnet_cifar
 from nanocnn.optim import SGD
@@ -41,6 +42,50 @@ def test_alexnet_overfits_64_images(batch_norm):
     evaluation = evaluate(model, loader.epoch(0), 10, Alone())
     assert evaluation.accuracy == 1.0
     assert np.trace(evaluation.confusion) == 64
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_recorded_step_learns_the_same(batch_norm):
+    """With dropout, whose masks follow epoch and samples, and with batches of two sizes."""
+    data = nc.data.load("shapes", val=0, train_size=96, test_size=1)
+    states, losses = [], []
+    for choice in ("off", "on"):
+        nc.manual_seed(0)
+        model = alexnet_cifar(width=0.125, dropout=0.3, batch_norm=batch_norm)
+        optimizer, averager = setup(model)
+        with nc.using(graph=choice):
+            for epoch, size in enumerate((32, 32, 48)):
+                for batch in Loader(data.train, size).epoch(epoch):
+                    losses.append(train_step(model, batch, optimizer, 0.01 / (1 + epoch), averager).loss)
+        states.append({name: p.data.copy() for name, p in [*model.named_parameters(), *model.named_buffers()]})
+    assert losses[: len(losses) // 2] == losses[len(losses) // 2 :]
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(value, states[1][name], err_msg=name)
+
+
+def test_a_label_that_is_no_class_reaches_no_weight_of_a_recorded_step():
+    model = Linear10()
+    optimizer, averager = setup(model)
+    x, y = images(8)
+    with nc.using(graph="on"):
+        train_step(model, batch_of(x, y), optimizer, 0.1, averager)
+        before = model.head.weight.data.copy()
+        with pytest.raises(NonFiniteLoss):
+            train_step(model, batch_of(x, y + 10), optimizer, 0.1, averager)
+    np.testing.assert_array_equal(model.head.weight.data, before)
+
+
+def test_a_model_that_cannot_be_recorded_says_what_to_do():
+    class Odd(Linear10):
+        def forward(self, x):
+            return super().forward(x * float(x.data.mean()))
+
+    model = Odd()
+    optimizer, averager = setup(model)
+    x, y = images(8)
+    with nc.using(graph="on"), pytest.raises(CaptureError, match="do not compute") as caught:
+        train_step(model, batch_of(x, y), optimizer, 0.1, averager)
+    assert caught.value.__notes__ == ["(the switch graph=off trains without capturing)"]
 
 
 class Linear10(nn.Module):
