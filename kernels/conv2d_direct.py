@@ -227,7 +227,7 @@ def _run(x, w, y, taps, step, y_first, y_step, bias=None, residual=None, relu=Fa
     block = max(2 * ROWS, min(512, L2 // 4 // reach // ROWS * ROWS, -(-mine // ROWS) * ROWS))
     few = x.shape[3] // groups < FEW_CHANNELS
     size = x.shape[3] + width + block * number * FEW_CHANNELS * few
-    taps_first = by_panels and packed and not few and block >= rows and o % width == 0
+    taps_first = number > 0 and by_panels and packed and not few and block >= rows and o % width == 0
     work = scratch((workers, size), y.dtype)
     tables = np.empty((workers, block * (number + 1) + 1), np.int64)
     floor = y.dtype.type(0 if relu else -np.inf)

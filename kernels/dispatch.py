@@ -216,6 +216,22 @@ def _checked(policy: tuple[str, ...], choices: dict[str, str]) -> tuple[str, dic
     return chosen, {**_choices, **choices}
 
 
+def in_force() -> tuple[str, dict[str, str]]:
+    """The policy and the choices, for `put_in_force`."""
+    return _policy, _choices
+
+
+@contextlib.contextmanager
+def put_in_force(choices: tuple[str, dict[str, str]]) -> Iterator[None]:
+    """Inside, what was in force once is in force again."""
+    global _policy, _choices
+    before, (_policy, _choices) = (_policy, _choices), choices
+    try:
+        yield
+    finally:
+        _policy, _choices = before
+
+
 def parse_use(words: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """The words of `--use fastest im2col=reference` as the arguments of `using()`."""
     policy = tuple(word for word in words if "=" not in word)
@@ -427,6 +443,9 @@ class Recorder:
     def aside(self, function: Callable, args: tuple) -> Any:
         """Run what was given to `aside`, and return what it returns."""
         return function(*args)
+
+    def looked(self) -> None:
+        """Somebody takes a value out of a tensor."""
 
     def kernel(self, primitive: Primitive, variant: Variant, args: tuple, kwargs: dict) -> Any:
         """Run the variant's body and return what it returns; here, as a span of the kind "kernel"."""

@@ -185,10 +185,13 @@ class Lent:
     """What the pool has lent in a while, numbered. It keeps no loan alive."""
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()  # of others' arrays it takes no note
         self.sizes: list[int] = []  # bytes, by number
         self._number: dict[int, int] = {}  # by the id of a loan: of several that had it one after the other, the last
 
     def add(self, loan: Loan) -> None:
+        if threading.get_ident() != self.thread:
+            return
         described: Any = loan.__array_interface__
         self._number[id(loan)] = len(self.sizes)
         self.sizes.append(math.prod(described["shape"]) * np.dtype(described["typestr"]).itemsize)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .buckets import DEFAULT_BYTES, Bucket, make_buckets
-from .kernels.dispatch import span, xp_of
+from .kernels.dispatch import aside, span, xp_of
 from .kernels.update import adagrad_update, adam_update, lars_update, scale_, sgd_update, sum_of_squares
 from .state import copy_by_name
 from .tensor import Tensor
@@ -289,7 +289,7 @@ def clip_grad_value_(buckets: Sequence[Bucket], clip_value: float) -> None:
         raise ValueError(f"clip_value must be a number >= 0, got {clip_value!r}")
     for bucket in buckets:
         bucket.fill_missing()
-        xp_of(bucket.grad).clip(bucket.grad, -clip_value, clip_value, out=bucket.grad)
+        aside(xp_of(bucket.grad).clip, bucket.grad, -clip_value, clip_value, bucket.grad)
 
 
 def decay_groups(named_params: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:

@@ -81,6 +81,12 @@ class Tensor:
 
     def zero_grad(self) -> None:
         """Forget the gradient; its memory is kept, and the next gradient to arrive overwrites it."""
+        if dispatch.recorder is None:
+            self._arrived = False
+        else:
+            aside(self._forget)
+
+    def _forget(self) -> None:
         self._arrived = False
 
     @property
@@ -105,6 +111,8 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array: the same memory on the CPU, a copy from a GPU."""
+        if dispatch.recorder is not None:
+            dispatch.recorder.looked()
         return to_device(self.data, "cpu")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -113,6 +121,8 @@ class Tensor:
 
     def item(self) -> float:
         """The value of a tensor of one element."""
+        if dispatch.recorder is not None:
+            dispatch.recorder.looked()
         return self.data.item()
 
     def detach(self) -> Tensor:
@@ -355,9 +365,9 @@ def _fit(op: Op, x: Input, gx: Any) -> Any:
     """`gx` summed over the axes along which `x` was broadcast; GraphError if its shape or dtype is still not `x`'s."""
     rank = len(x.shape)
     if gx.ndim > rank:
-        gx = gx.sum(axis=tuple(range(gx.ndim - rank)))
+        gx = aside(_sum, gx, tuple(range(gx.ndim - rank)), False)
     if gx.shape != x.shape and gx.ndim == rank:
-        gx = gx.sum(axis=tuple(i for i, n in enumerate(x.shape) if n == 1), keepdims=True)
+        gx = aside(_sum, gx, tuple(i for i, n in enumerate(x.shape) if n == 1), True)
     if gx.shape != x.shape or gx.dtype != x.dtype:
         raise GraphError(
             f"{type(op).__name__}.backward() returned a gradient of shape {gx.shape} and dtype {gx.dtype} "
@@ -371,31 +381,30 @@ def _arrive(leaf: Tensor, g: Any) -> None:
 
     Nothing is copied that the op wrote in its place (`Op.out_for`).
     """
-    if leaf.grad_buffer is None:
-        leaf.grad_buffer = xp_of(g).array(g)
-    elif leaf._arrived:
-        aside(_add_to, leaf.grad_buffer, g)
-    elif g is not leaf.grad_buffer:
-        aside(_copy_to, leaf.grad_buffer, g)
     if dispatch.recorder is None:
-        leaf._arrived = True
+        Arrival(leaf)(g)
     else:
-        aside(Arrival(leaf))
-
-
-def _add_to(there: Any, g: Any) -> None:
-    there += g
-
-
-def _copy_to(there: Any, g: Any) -> None:
-    there[...] = g
+        aside(Arrival(leaf), g)
 
 
 class Arrival:
-    """Called, it says that the gradient of a leaf has arrived."""
+    """Called with a gradient, it adds that to the leaf's."""
+
+    __slots__ = ("leaf",)
 
     def __init__(self, leaf: Tensor):
         self.leaf = leaf
 
-    def __call__(self) -> None:
-        self.leaf._arrived = True
+    def __call__(self, g: Any) -> None:
+        leaf = self.leaf
+        if leaf.grad_buffer is None:
+            leaf.grad_buffer = xp_of(g).array(g)
+        elif leaf._arrived:
+            leaf.grad_buffer += g
+        elif g is not leaf.grad_buffer:
+            leaf.grad_buffer[...] = g
+        leaf._arrived = True
+
+
+def _sum(x: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
+    return x.sum(axis=axis, keepdims=keepdims)

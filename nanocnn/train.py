@@ -70,7 +70,7 @@ def train_step(
     with random.keyed(batch.epoch, batch.index):
         run: Any = forward_backward
         if graph.value == "on" and averager.comm.size == 1 and dispatch.recorder is None:
-            run = _recorded(model, forward_backward, batch, label_smoothing)
+            run = _recorded(model, forward_backward, batch, label_smoothing, averager)
         loss, logits = run(Tensor(batch.x), Tensor(batch.y))
     averager.finish()
     correct = (logits.data.argmax(axis=1) == batch.y).sum()
@@ -89,13 +89,17 @@ def train_step(
     return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
 
 
-_recordings: WeakKeyDictionary[Module, tuple[tuple, Captured]] = WeakKeyDictionary()  # with what they were made for
+_recordings: WeakKeyDictionary[Module, tuple[list, Captured]] = WeakKeyDictionary()  # with what they were made for
 
 
-def _recorded(model: Module, function: Callable[..., Any], batch: Batch, label_smoothing: float) -> Captured:
+def _recorded(
+    model: Module, function: Callable[..., Any], batch: Batch, label_smoothing: float, averager: GradientAverager
+) -> Captured:
     """The function, captured: once for each model, and anew if anything has changed that is not in the arrays."""
-    shapes = batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size
-    key = *shapes, label_smoothing, str(dispatch.choices_in_force())
+    key: list[Any] = [averager, batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size]
+    key += [label_smoothing, dispatch.choices_in_force()]
+    key += [(type(m), m.training, getattr(m, "p", None)) for _, m in model.named_modules()]
+    key += [Same(x) for p in model.parameters() for x in (p, p.data, p.grad_buffer, p.requires_grad)]
     made_for, captured = _recordings.get(model, (None, None))
     if captured is None or made_for != key:
         _recordings.pop(model, None)  # its memory is for the next one
@@ -106,6 +110,16 @@ def _recorded(model: Module, function: Callable[..., Any], batch: Batch, label_s
             raise
         _recordings[model] = key, captured
     return captured
+
+
+class Same:
+    """Equal to another that holds the same object: arrays compare number by number otherwise."""
+
+    def __init__(self, x: Any):
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.x is other.x
 
 
 class Evaluation(NamedTuple):

@@ -63,6 +63,20 @@ def test_a_recorded_step_learns_the_same(batch_norm):
         np.testing.assert_array_equal(value, states[1][name], err_msg=name)
 
 
+def test_a_recording_is_made_anew_for_another_optimizer():
+    losses = []
+    for choice in ("off", "on"):
+        nc.manual_seed(0)
+        model = Linear10()
+        batch = batch_of(*images(8))
+        with nc.using(graph=choice):
+            for _ in range(2):
+                optimizer, averager = setup(model, lr=0.5)
+                losses += [train_step(model, batch, optimizer, 0.5, averager).loss for _ in range(3)]
+    assert losses[:6] == losses[6:]
+    assert losses[5] < losses[3] < losses[0]
+
+
 def test_a_label_that_is_no_class_reaches_no_weight_of_a_recorded_step():
     model = Linear10()
     optimizer, averager = setup(model)

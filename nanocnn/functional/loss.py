@@ -104,7 +104,11 @@ def _check_labels(logits: Tensor, labels: Any) -> Any:
             f"cross_entropy: label {int(labels[row])} in row {row} is no class: expected 0 to {classes - 1} for "
             f"logits of shape {logits.shape}"
         )
-    return labels.astype(np.int64, copy=False)
+    return labels if labels.dtype == np.int64 else aside(_as_int64, labels)
+
+
+def _as_int64(labels: Any) -> Any:
+    return labels.astype(np.int64)
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
