@@ -41,7 +41,7 @@ class Trial:
                     "values, which of integers are the same ones in another order. Give an example with several"
                 )
             others.append(other)
-        self.tries = (others, standing), ([x.copy() for x in inputs], [])
+        self.tries: Any = (others, standing), ([x.copy() for x in inputs], [])
         self.state, self.put_back = state, put_back
 
     def results(self, function: Callable[..., Any]) -> list[tuple[list[np.ndarray], list[bytes]]]:

@@ -198,7 +198,7 @@ def test_results_larger_than_the_caches(monkeypatch, stride, o):
     gy = rng.standard_normal(conv.conv2d(x, w, *geometry).shape).astype(np.float32)
     epilogue = dict(bias=w[0, 0, 0], residual=gy, relu=True)
     forward = conv.conv2d.variants["reference"].body(x, w, *geometry, **epilogue)
-    backward = conv.conv2d_grad_x.variants["reference"].body(gy, w, x.shape, *geometry, residual=x)
+    backward = conv.conv.conv2d_grad_x.variants["reference"].body(gy, w, x.shape, *geometry, residual=x)
     monkeypatch.setattr(memory, "SMALL", 0)  # all arrays on pages of the pool
     monkeypatch.setattr(memory, "L3", 0)
     assert memory.past_caches(memory.empty((16,), np.float32))
@@ -208,12 +208,12 @@ def test_results_larger_than_the_caches(monkeypatch, stride, o):
     np.testing.assert_allclose(y, forward, rtol=1e-3, atol=1e-3)
     y = conv.conv2d.variants["winograd4"].body(x, w, *geometry)
     np.testing.assert_allclose(y, conv.conv2d(x, w, *geometry), rtol=1e-3, atol=1e-3)
-    gx = conv.conv2d_grad_x.variants["winograd4"].body(gy, w, x.shape, *geometry, residual=x)
+    gx = conv.conv.conv2d_grad_x.variants["winograd4"].body(gy, w, x.shape, *geometry, residual=x)
     np.testing.assert_allclose(gx, backward, rtol=1e-3, atol=1e-3)
 
 
 def test_pixels_that_no_tap_meets_have_no_gradient():
-    """Three of four, where a 1x1 kernel takes every other pixel; with few positions, weights in panels are read once."""
+    """Three of four, where a 1x1 kernel takes every other pixel; with few positions, panels are read once."""
     rng = np.random.default_rng(0)
     for images in (1, 3, 4, 9):
         gy = rng.standard_normal((images, 4, 4, 128)).astype(np.float32)
@@ -221,10 +221,10 @@ def test_pixels_that_no_tap_meets_have_no_gradient():
         residual = rng.standard_normal((images, 8, 8, 128)).astype(np.float32)
         args = gy, w, residual.shape, (2, 2), (0, 0), (1, 1), 1
         for more in ({}, {"residual": residual}):
-            expected = conv2d_grad_x.variants["reference"].body(*args, **more)
+            expected = conv.conv2d_grad_x.variants["reference"].body(*args, **more)
             dirt = [memory.empty(residual.shape, np.float32) for _ in range(4)]
             for x in dirt:
                 x[...] = 7
             del dirt, x
-            found = conv2d_grad_x.variants["direct"].body(*args, **more)
+            found = conv.conv2d_grad_x.variants["direct"].body(*args, **more)
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
