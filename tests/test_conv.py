@@ -198,7 +198,7 @@ def test_results_larger_than_the_caches(monkeypatch, stride, o):
     gy = rng.standard_normal(conv.conv2d(x, w, *geometry).shape).astype(np.float32)
     epilogue = dict(bias=w[0, 0, 0], residual=gy, relu=True)
     forward = conv.conv2d.variants["reference"].body(x, w, *geometry, **epilogue)
-    backward = conv.conv.conv2d_grad_x.variants["reference"].body(gy, w, x.shape, *geometry, residual=x)
+    backward = conv.conv2d_grad_x.variants["reference"].body(gy, w, x.shape, *geometry, residual=x)
     monkeypatch.setattr(memory, "SMALL", 0)  # all arrays on pages of the pool
     monkeypatch.setattr(memory, "L3", 0)
     assert memory.past_caches(memory.empty((16,), np.float32))
@@ -208,7 +208,7 @@ def test_results_larger_than_the_caches(monkeypatch, stride, o):
     np.testing.assert_allclose(y, forward, rtol=1e-3, atol=1e-3)
     y = conv.conv2d.variants["winograd4"].body(x, w, *geometry)
     np.testing.assert_allclose(y, conv.conv2d(x, w, *geometry), rtol=1e-3, atol=1e-3)
-    gx = conv.conv.conv2d_grad_x.variants["winograd4"].body(gy, w, x.shape, *geometry, residual=x)
+    gx = conv.conv2d_grad_x.variants["winograd4"].body(gy, w, x.shape, *geometry, residual=x)
     np.testing.assert_allclose(gx, backward, rtol=1e-3, atol=1e-3)
 
 
