@@ -49,8 +49,12 @@ def check_gradients(
 
     numeric = float(np.vdot(gy, (shifted(eps) - shifted(-eps)) / (2 * eps)))
     shifted(0)
-    # The difference of two rounded outputs is known to about |gy||y| 1e-16 / eps, however small the derivative is.
+    # The difference of two rounded outputs is known to about |gy||y| 1e-16 / eps, however small the derivative is; and
+    # that of two rounded inputs to |x| 1e-16 / eps, however small the direction is.
     noise = 4e-16 / eps * float(np.linalg.norm(gy) * np.linalg.norm(y.data))
+    noise += (
+        4e-16 / eps * sum(float(np.linalg.norm(x.data) * np.linalg.norm(x.grad)) for x in leaves if x.grad is not None)
+    )
     assert abs(exact - numeric) <= rtol * max(abs(exact), abs(numeric)) + noise, (
         f"backward gives {exact!r}, the central difference {numeric!r}: relative error "
         f"{abs(exact - numeric) / max(abs(exact), abs(numeric)):.1e}, allowed {rtol:.0e}"
