@@ -2,9 +2,9 @@
 
 The tile reads a panel of A and a panel of B from end to end, one cache line after the other. So a block of each is
 first copied into panels: a block of B (DEPTH rows, COLUMNS columns) and one of A (ROWS_HELD rows, DEPTH columns) stay
-in L2 while all their tiles pass. Copying a number costs little beside the hundreds of
-multiply-adds that use it, and it is where a transposed operand is turned: by squares of vectors, in registers. Without
-it, the rows of a 4096 x 4096 matrix, 16 KB apart, fall into the same few sets of the cache (36 ms in place of 9).
+in L2 while all their tiles pass. Copying a number costs little beside the hundreds of multiply-adds that use it, and it
+is where a transposed operand is turned: by squares of vectors, in registers. Without it, the rows of a 4096 x 4096
+matrix, 16 KB apart, fall into the same few sets of the cache (36 ms in place of 9).
 
 A constant B (constant.py) is packed once and for all, in panels as deep as itself, and read from memory as they lie.
 Memory and arithmetic would take turns there: a panel comes in while its first tile waits, and fifteen others pass

@@ -1,8 +1,8 @@
 """Writes down what a function does with arrays: calls of compiled functions, and of NumPy's. For capture.py.
 
-Numba's functions are heard as Python calls them. What NumPy does nobody hears: so references of primitives, ops that
-call no primitive, and whatever is given to `dispatch.aside`, are written down whole, each as one call. Views are no
-calls: they lie where what they are views of lies.
+Numba's functions are heard as Python calls them. What NumPy does nobody hears: so references of primitives, variants in
+which nothing is heard, ops that call no primitive, and whatever is given to `dispatch.aside`, are written down whole,
+each as one call. Views are no calls: they lie where what they are views of lies.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Tape(dispatch.Recorder):
         return self.listens and threading.get_ident() == self.thread
 
     def no_number(self, result: Any, name: str) -> None:
-        """Refuse what would let Python compute with a value."""
+        """Refuse what would let Python compute with a value. (What NumPy makes of a 0-d array stays one here.)"""
         if isinstance(result, float | np.floating):
             raise CaptureError(
                 f"{name} returned a number, with which Python could compute or choose: that cannot be recorded. Leave "
@@ -138,10 +138,14 @@ class Tape(dispatch.Recorder):
             for x in arrays_in((args, tuple(kwargs.values()))):
                 if x.flags.writeable:
                     self.changed.setdefault(key_of(x), (x, x.copy()))
-        before, self.within = self.within, (primitive.name, variant.name)
+        before, self.within, calls = self.within, (primitive.name, variant.name), len(self.calls)
         try:
-            whole = variant.name == "reference"
-            result = self.whole(variant.body, args, kwargs) if whole else variant.body(*args, **kwargs)
+            if variant.name == "reference":
+                result = self.whole(variant.body, args, kwargs)
+            else:
+                result = _as_arrays(variant.body(*args, **kwargs))
+                if len(self.calls) == calls:  # it called nothing that was heard, such as one of Numba's ufuncs
+                    self.add(*self.within, variant.body, args, kwargs, result)
         finally:
             self.within = before
         self.no_number(result, primitive.name)

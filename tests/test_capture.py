@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from numba import njit
+from numba import njit, vectorize
 from numba.core.registry import CPUDispatcher
 
 import nanocnn as nc
@@ -184,6 +184,33 @@ def test_a_compiled_function_of_somebody_else_is_captured_too():
     captured = nc.capture(function, x)
     np.testing.assert_array_equal(captured(-x).data, np.maximum(-x + 1, 0))
     assert captured.calls[0].function is add_one
+
+
+@vectorize
+def _cubed(x):
+    return x * x * x
+
+
+def test_a_ufunc_of_numbas_is_one_call_with_its_variant():
+    from nanocnn.kernels.dispatch import Primitive, primitives
+
+    try:
+
+        @Primitive
+        def capture_cubed(x):
+            """x^3"""
+            return x**3
+
+        @capture_cubed.variant("numba")
+        def cubed(x):
+            """one pass"""
+            return _cubed(x)
+
+        x = random(300, 300)
+        captured = nc.capture(lambda x: F.relu(Tensor(capture_cubed(x.data))) + Tensor(capture_cubed(x.data)), x)
+        np.testing.assert_allclose(captured(-x).data, np.maximum((-x) ** 3, 0) + (-x) ** 3, rtol=1e-5, atol=1e-6)
+    finally:
+        primitives.pop("capture_cubed", None)
 
 
 def test_another_shape_or_dtype_is_refused_and_said():
