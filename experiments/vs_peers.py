@@ -39,9 +39,9 @@ EXAMPLES = """examples:
   python experiments/vs_peers.py --layers                      each convolution of the networks, in its three directions
   python experiments/vs_peers.py --use conv2d=reference        with another rung of nanocnn's ladder
 
-reading the result: "ours / theirs" is nanocnn's time over theirs, so 0.50 is half the time. The median is what a step
-takes, the minimum what it would take on a machine with nothing else to do. A ratio of one run within a few percent of
-1 says nothing; look at whether it stays on one side in several runs.
+reading the result: "ours / theirs" is nanocnn's time, in its best setting, over theirs, so 0.50 is half the time. The
+median is what a step takes, the minimum what it would take on a machine with nothing else to do. A ratio of one run
+within a few percent of 1 says nothing; look at whether it stays on one side in several runs.
 
 memory: the most that a process held during a step (VmHWM) less what it held once its framework was imported (VmRSS):
 weights, momentum, activations, gradients, and what the framework's own compiler left behind.

@@ -185,9 +185,20 @@ def using(*policy: str, **choices: str) -> Iterator[None]:
     The choice holds for the process, not for one thread: a run has one configuration, and its background threads
     must see it too.
     """
+    with put_in_force(_checked(policy, choices)):
+        yield
+
+
+def in_force() -> tuple[str, dict[str, str]]:
+    """The policy and the choices, for `put_in_force`."""
+    return _policy, _choices
+
+
+@contextlib.contextmanager
+def put_in_force(choices: tuple[str, dict[str, str]]) -> Iterator[None]:
+    """Inside, what was in force once is in force again."""
     global _policy, _choices
-    before = _policy, _choices
-    _policy, _choices = _checked(policy, choices)
+    before, (_policy, _choices) = (_policy, _choices), choices
     try:
         yield
     finally:
@@ -214,22 +225,6 @@ def _checked(policy: tuple[str, ...], choices: dict[str, str]) -> tuple[str, dic
             more = f"; {UP_TO}NAME is the last rung up to NAME that can" if choice.startswith(UP_TO) else ""
             raise ChoiceError(f"{name} has no choice {choice!r}; there are: {', '.join(allowed)} ({entry.place}){more}")
     return chosen, {**_choices, **choices}
-
-
-def in_force() -> tuple[str, dict[str, str]]:
-    """The policy and the choices, for `put_in_force`."""
-    return _policy, _choices
-
-
-@contextlib.contextmanager
-def put_in_force(choices: tuple[str, dict[str, str]]) -> Iterator[None]:
-    """Inside, what was in force once is in force again."""
-    global _policy, _choices
-    before, (_policy, _choices) = (_policy, _choices), choices
-    try:
-        yield
-    finally:
-        _policy, _choices = before
 
 
 def parse_use(words: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:

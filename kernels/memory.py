@@ -158,6 +158,11 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     return np.asarray(loan)
 
 
+def address(x: np.ndarray) -> int:
+    """Of the first byte of `x`."""
+    return x.__array_interface__["data"][0]
+
+
 def empty_like(x: np.ndarray) -> np.ndarray:
     """An uninitialised C-ordered array of the shape and dtype of `x`."""
     return empty(x.shape, x.dtype)
@@ -177,7 +182,7 @@ def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if buffer is None or buffer.size < size:
         _own.buffer = None  # the old one can be part of the new one
         raw = empty(size + LINE, np.uint8)
-        buffer = _own.buffer = raw[-raw.ctypes.data % LINE :][:size]
+        buffer = _own.buffer = raw[-address(raw) % LINE :][:size]
     return np.ndarray(shape, dtype, buffer)
 
 
@@ -202,7 +207,7 @@ class Lent:
         while isinstance(loan, np.ndarray):
             loan = loan.base
         number = self._number.get(id(loan)) if isinstance(loan, Loan) else None
-        return None if number is None else (number, x.__array_interface__["data"][0] - loan.start)
+        return None if number is None else (number, address(x) - loan.start)
 
 
 _watch: Lent | None = None
@@ -319,7 +324,7 @@ if hasattr(os, "register_at_fork"):  # a child must find the books in order, and
 
 def past_caches(y: np.ndarray) -> bool:
     """Whether `y` is better written past the caches (simd.stream): too large to be found there, and aligned for it."""
-    return y.nbytes >= L3 // 2 and y.ctypes.data % LINE == 0 and streaming.value == "on"
+    return y.nbytes >= L3 // 2 and address(y) % LINE == 0 and streaming.value == "on"
 
 
 class _Alias:
@@ -329,7 +334,7 @@ class _Alias:
 
     def __init__(self, x: np.ndarray):
         self.x = x if x.base is None else x.base  # what owns the memory: a view of it may die (see constant.py)
-        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}
+        self.__array_interface__ = {**x.__array_interface__, "data": (address(x), False)}
 
 
 def clear(x):

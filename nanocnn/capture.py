@@ -157,7 +157,7 @@ def _in_one_block(calls: list[Call], inputs: list[np.ndarray], output: Any, size
     offsets, size = arrange(list(lives.values()))
     offset = dict(zip(lives, offsets, strict=True))
     room = memory.empty(size + memory.PAGE, np.uint8)
-    start = -key_of(room)[0] % memory.PAGE  # as the pool lends it: kernels may have looked at that
+    start = -memory.address(room) % memory.PAGE  # as the pool lends it: kernels may have looked at that
     block = room[start : start + size]
 
     def array(p: Any) -> Any:

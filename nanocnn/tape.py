@@ -50,7 +50,7 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     result: Any
-    reads: tuple = ()  # arrays that it knows already
+    reads: tuple = ()  # places that the function reads besides: what an op has saved
 
     def __call__(self) -> None:
         places = arrays_in(self.result)
@@ -136,7 +136,7 @@ class Tape(dispatch.Recorder):
             return variant.body(*args, **kwargs)
         if primitive.inplace:
             for x in arrays_in((args, tuple(kwargs.values()))):
-                if x.flags.writeable:
+                if x.flags.writeable and self.lent.find(x) is None:  # what the function itself made is nobody's state
                     self.changed.setdefault(key_of(x), (x, x.copy()))
         before, self.within, calls = self.within, (primitive.name, variant.name), len(self.calls)
         try:
@@ -237,7 +237,7 @@ def arrays_in(x: Any) -> list[np.ndarray]:
 
 def key_of(x: np.ndarray) -> tuple:
     """Where an array lies, and how."""
-    return x.__array_interface__["data"][0], x.shape, x.strides
+    return memory.address(x), x.shape, x.strides
 
 
 def _as_arrays(x: Any) -> Any:

@@ -98,8 +98,9 @@ def _recorded(
     """The function, captured: once for each model, and anew if anything has changed that is not in the arrays."""
     key: list[Any] = [averager, batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size]
     key += [label_smoothing, dispatch.choices_in_force()]
-    key += [(type(m), m.training, getattr(m, "p", None)) for _, m in model.named_modules()]
-    key += [Same(x) for p in model.parameters() for x in (p, p.data, p.grad_buffer, p.requires_grad)]
+    for _, module in model.named_modules():
+        key += [module.training, *((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))]
+    key += [_Same(x) for p in model.parameters() for x in (p, p.data, p.grad_buffer, p.requires_grad)]
     made_for, captured = _recordings.get(model, (None, None))
     if captured is None or made_for != key:
         _recordings.pop(model, None)  # its memory is for the next one
@@ -112,14 +113,14 @@ def _recorded(
     return captured
 
 
-class Same:
+class _Same:
     """Equal to another that holds the same object: arrays compare number by number otherwise."""
 
     def __init__(self, x: Any):
         self.x = x
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.x is other.x
+        return isinstance(other, _Same) and self.x is other.x
 
 
 class Evaluation(NamedTuple):

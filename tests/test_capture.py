@@ -329,7 +329,8 @@ def test_dropout_draws_a_new_mask_at_each_call():
             np.testing.assert_array_equal(y, function(Tensor(x)).data)
 
 
-def test_gradients_that_are_not_forgotten_add_up():
+def adding():
+    """A function that forgets no gradient, with its model and optimiser, and an input."""
     nc.manual_seed(0)
     model = nn.Linear(20, 10)
     optimizer = nc.optim.SGD(model.named_parameters(), lr=0.1)
@@ -339,7 +340,11 @@ def test_gradients_that_are_not_forgotten_add_up():
         y.backward()
         return y
 
-    x = random(30, 20)
+    return model, optimizer, add_gradients, random(30, 20)
+
+
+def test_gradients_that_are_not_forgotten_add_up():
+    model, optimizer, add_gradients, x = adding()
     add = nc.capture(add_gradients, x)
     optimizer.zero_grad()
     add_gradients(Tensor(x))
@@ -427,16 +432,7 @@ def test_small_functions_and_their_gradients(function, rows):
 
 
 def test_gradients_may_be_forgotten_outside():
-    nc.manual_seed(0)
-    model = nn.Linear(20, 10)
-    optimizer = nc.optim.SGD(model.named_parameters(), lr=0.1)
-
-    def add_gradients(x):
-        y = (model(x) * model(x)).sum()
-        y.backward()
-        return y
-
-    x = random(30, 20)
+    model, optimizer, add_gradients, x = adding()
     add = nc.capture(add_gradients, x)
     for _ in range(3):
         optimizer.zero_grad()
