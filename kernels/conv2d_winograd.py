@@ -202,7 +202,9 @@ def _forward_share(
     image, out = (x.shape[1], x.shape[2], x.shape[3]), (y.shape[1], y.shape[2], y.shape[3])
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
-        few = count <= 2 * ROWS and not own  # then a plane of the weights is read once, and its next one asked for
+        few = count <= 2 * ROWS and not own  # then each plane of a panel is read once or twice, and the next asked for
+        halves = (count + ROWS - 1) // ROWS
+        lines = STEPS * VECTORS // halves
         _pixels_of(coming, begin, across, algorithm.inputs, algorithm.advance, first, image, zeros)
         for t in range(count):
             table, coming = coming, table
@@ -219,8 +221,8 @@ def _forward_share(
                 for t in range(0, count, ROWS):
                     a, offsets = v + plane * v_stride + t * depth, row_offsets(count - t, depth)
                     if few:
-                        soon = at + u_stride + t // ROWS * c // 2 * width
-                        tile = multiply_and_ask(zero_tile(x), work, a, offsets, 1, u, at, c, soon, STEPS * VECTORS)
+                        soon = at + u_stride + t // ROWS * c // halves * width
+                        tile = multiply_and_ask(zero_tile(x), work, a, offsets, 1, u, at, c, soon, lines)
                     else:
                         tile = multiply(zero_tile(x), work, a, offsets, 1, u, at, width, c)
                     store_tile(work, m + plane * m_stride + t * width, row_offsets(count - t, width), tile)

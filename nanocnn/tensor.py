@@ -81,10 +81,7 @@ class Tensor:
 
     def zero_grad(self) -> None:
         """Forget the gradient; its memory is kept, and the next gradient to arrive overwrites it."""
-        if dispatch.recorder is None:
-            self._arrived = False
-        else:
-            aside(self._forget)
+        aside(self._forget)
 
     def _forget(self) -> None:
         self._arrived = False
@@ -381,10 +378,7 @@ def _arrive(leaf: Tensor, g: Any) -> None:
 
     Nothing is copied that the op wrote in its place (`Op.out_for`).
     """
-    if dispatch.recorder is None:
-        Arrival(leaf)(g)
-    else:
-        aside(Arrival(leaf), g)
+    aside(Arrival(leaf), g)
 
 
 class Arrival:
