@@ -350,11 +350,22 @@ def _grad_w_share(x, gy, u, taps, step, share, block, work, table):
                         to = (group * depth + tap * c + row) * line + p * width
                         rows = row_offsets(c - row, line)
                         tile = load_tile(u, to, rows) if first > share[0] else zero_tile(gy)
-                        offsets = row_offsets(c - row, 1)
-                        for r in range(count):
-                            at = table[r * each + tap] + begin + row
-                            tile = rank_one(tile, a, at, offsets, work, d + r * width)
+                        at = begin + row
+                        if c - row >= ROWS:  # offsets known to the compiler are part of the instructions
+                            tile = _over_pixels(tile, a, table, tap, each, at, row_offsets(ROWS, 1), work, d, count)
+                        else:
+                            tile = _over_pixels(tile, a, table, tap, each, at, row_offsets(c - row, 1), work, d, count)
                         store_tile(u, to, rows, tile)
+
+
+@njit(forceinline=True)
+def _over_pixels(tile, a, table, k, taps, at, offsets, b, j, count):
+    """tile + the sum over `count` pixels, in `table` from k on, `taps` apart, of (channels from `at` on) (row of B)."""
+    for _ in range(count):
+        tile = rank_one(tile, a, table[k] + at, offsets, b, j)
+        k += taps
+        j += panel(b)
+    return tile
 
 
 @conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g: _pays(shape, s, p, g))

@@ -349,15 +349,25 @@ def _grad_w_share(algorithm, x, gy, planes_of_u, gw, first, across, share, panel
             for plane in range(square):
                 for row in range(0, c, ROWS):
                     to = plane * u_stride + row * line + (0 if own else p * width)
-                    offsets = row_offsets(c - row, line)
+                    offsets = row_offsets(c - row, line)  # rows beyond c multiply what lies there, and are overwritten
                     tile = load_tile(u, to, offsets) if begin > share[0] else zero_tile(x)
                     tile = multiply(
-                        tile, work, v + plane * v_stride + row, row_offsets(c - row, 1), depth,
+                        tile, work, v + plane * v_stride + row, row_offsets(ROWS, 1), depth,
                         work, d + plane * d_stride + (p - panels[0]) * d_panel, width, count,
                     )  # fmt: skip
                     store_tile(u, to, offsets, tile)
             if own:
                 _gather_weights_of(algorithm, planes_of_u, gw, (0, c), (p, p + 1))
+
+
+def _sums(algorithm, c, o, width):
+    """Numbers in the planes that a worker sums up."""
+    return algorithm.planes**2 * (c * -(-o // width) * width + LINE)
+
+
+def _few_tiles(tiles, o, width):
+    """Whether a worker takes some panels and all tiles, which are fewer than weights."""
+    return -(-o // width) >= min(threads.count(), tiles) and tiles <= min(MOST_TILES, o)
 
 
 def _run_grad_w(algorithm, gy, x, w_shape, first):
@@ -370,9 +380,9 @@ def _run_grad_w(algorithm, gy, x, w_shape, first):
         clear(gw)
         return gw
     workers = min(threads.count(), tiles)
-    planes_of_u = square * (c * panels * width + LINE)
+    planes_of_u = _sums(algorithm, c, o, width)
     # As in _run: few tiles and many weights. Else workers sum for themselves, unless these sums would leave the cache.
-    own = panels >= workers and tiles <= min(MOST_TILES, o)
+    own = _few_tiles(tiles, o, width)
     by_panels = own or (workers * planes_of_u * gy.itemsize > L3 and panels >= workers)
     if not by_panels:
         workers = max(1, min(workers, MOST_SUMS // (planes_of_u * gy.itemsize)))
@@ -446,7 +456,12 @@ def _grad_x_pays(gy, w, x_shape, stride, *rest, **epilogue):
 
 
 def _grad_w_pays(gy, x, w_shape, stride, *rest):
-    return _pays(gy.shape[0], gy.shape[1:3], stride[0], x.shape[3])
+    images, *size, o = gy.shape
+    # At stride 2 each worker sums up 81 planes: out of cache they cost more than the multiplications saved
+    width, tiles = panel_width(gy.dtype), images * -(-size[0] // 4) * -(-size[1] // 4)
+    sums = threads.count() * _sums(S4(), x.shape[3], o, width) * gy.itemsize
+    in_cache = stride[0] == 1 or _few_tiles(tiles, o, width) or sums <= L3 // 2
+    return in_cache and _pays(images, size, stride[0], x.shape[3])
 
 
 @conv2d.variant(

@@ -16,6 +16,8 @@ Workers share the columns of B or the rows of A, whichever operand is larger: th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit, prange
 
@@ -25,7 +27,7 @@ from .constant import derived, is_constant
 from .epilogue import padded_bias
 from .memory import contiguous, scratch
 from .pack import panels_of, swap_square
-from .simd import lanes, load, splat, store
+from .simd import lanes, load, splat, store, unrolled
 from .tile import (
     ROWS,
     STEPS,
@@ -46,7 +48,8 @@ from .tile import (
 
 # Of float32: 128 KB of B and 512 KB of A in an L2 of 1 MB or more, else 256 KB of each. The deeper a block, the more of
 # a row is read at once, and the less often a tile of C comes and goes.
-DEPTH, COLUMNS, ROWS_HELD = (512, 64, 256) if L2 >= 1 << 20 else (256, 256, 256)
+DEPTH, COLUMNS = (512, 64) if L2 >= 1 << 20 else (256, 256)
+ROWS_HELD = 256 if ROWS == 8 else 240  # whole panels of A, for every type
 
 
 def gemm(a, b, out, bias=None, relu=False):
@@ -75,6 +78,12 @@ def _memory(x):
     return contiguous(x).reshape(x.size), x.shape[1], 1
 
 
+@unrolled
+def _panel_of_a(like):
+    """Rows of A in a panel, a constant: whole vectors, and whole tiles."""
+    return math.lcm(lanes(like), ROWS)
+
+
 @njit(parallel=True, cache=True)
 def _gemm(a, a_strides, b, b_strides, c, sizes, bias, floor, by_columns, packed, work):
     m, n, _ = sizes
@@ -91,7 +100,7 @@ def _gemm(a, a_strides, b, b_strides, c, sizes, bias, floor, by_columns, packed,
 
 @njit(cache=True)
 def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, packed, work):
-    width, low = panel(work), splat(floor, work)
+    width, of_tiles, low = panel(work), _panel_of_a(work), splat(floor, work)
     depth_of_all, line = sizes[2], sizes[1]
     of_a = DEPTH * COLUMNS  # where A's block begins in `work`; B's is at the beginning
     for k0 in range(0, depth_of_all, DEPTH):
@@ -99,24 +108,24 @@ def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, pac
         for m0 in range(rows[0], rows[1], ROWS_HELD):
             m = min(ROWS_HELD, rows[1] - m0)
             # A's panels are those of its transpose: a column of A is a row of them
-            _pack(a, m0 * a_strides[0] + k0 * a_strides[1], a_strides[1], a_strides[0], k, m, work, of_a)
+            _pack_a(a, m0 * a_strides[0] + k0 * a_strides[1], a_strides[1], a_strides[0], k, m, work, of_a)
             for n0 in range(columns[0], columns[1], COLUMNS):
                 n = min(COLUMNS, columns[1] - n0)
                 if not packed:
-                    _pack(b, k0 * b_strides[0] + n0 * b_strides[1], b_strides[0], b_strides[1], k, n, work, 0)
+                    _pack_b(b, k0 * b_strides[0] + n0 * b_strides[1], b_strides[0], b_strides[1], k, n, work, 0)
                 for p in range(0, n, width):
                     for r in range(0, m, ROWS):
                         at, to = (m0 + r) * line + n0 + p, row_offsets(m - r, line)
                         tile = zero_tile(work)
                         if k0 > 0:
                             tile = load_tile(c, at, to) if p + width <= n else load_tile_edge(c, at, to, n - p)
-                        i, offsets = of_a + r // width * DEPTH * width + r % width, row_offsets(m - r, 1)
+                        i, offsets = of_a + r // of_tiles * DEPTH * of_tiles + r % of_tiles, row_offsets(ROWS, 1)
                         if packed:
                             j = (n0 + p) * depth_of_all + k0 * width
                             soon = j + (depth_of_all + r // ROWS * (DEPTH // STEPS // VECTORS)) * width
-                            tile = multiply_and_ask(tile, work, i, offsets, width, b, j, k, soon, 1)
+                            tile = multiply_and_ask(tile, work, i, offsets, of_tiles, b, j, k, soon, 1)
                         else:
-                            tile = multiply(tile, work, i, offsets, width, work, p * DEPTH, width, k)
+                            tile = multiply(tile, work, i, offsets, of_tiles, work, p * DEPTH, width, k)
                         if k0 + k == depth_of_all:
                             tile = finish_tile(tile, bias, n0 + p, low)
                         if p + width <= n:
@@ -125,31 +134,41 @@ def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, pac
                             store_tile_edge(c, at, to, n - p, tile)
 
 
-@njit(cache=True)
-def _pack(x, at, row, step, depth, count, work, to):
-    """The (depth, count) block of x that begins at `at` into panels, DEPTH rows each, padded with zeros.
+def _packer(width_of):
+    """A compiled function for panels of a width that the compiler knows."""
 
-    Rows of the block lie `row` apart, columns `step`; one of them is 1.
-    """
-    n, width = lanes(work), panel(work)
-    if step == 1:
-        for k in range(depth):
-            for i in range(0, count, n):
-                place = to + i // width * DEPTH * width + k * width + i % width
-                if i + n <= count:
-                    store(work, place, load(x, at + k * row + i))
-                else:
-                    store(work, place, load(x, at + k * row + i, count - i))
-            for i in range((count + n - 1) // n * n, (count + width - 1) // width * width, n):
-                store(work, to + i // width * DEPTH * width + k * width + i % width, splat(0.0, work))
-        return
-    for i in range(0, (count + width - 1) // width * width, n):
-        for k in range(0, depth, n):
-            place = to + i // width * DEPTH * width + k * width + i % width
-            if i + n <= count and k + n <= depth:
-                swap_square(x, at + k + i * step, step, work, place, width)
-            else:
-                for r in range(min(n, depth - k)):
-                    for s in range(n):
-                        inside = i + s < count
-                        work[place + r * width + s] = x[at + k + r + (i + s) * step] if inside else work.dtype.type(0)
+    @njit(cache=True)
+    def pack(x, at, row, step, depth, count, work, to):
+        """The (depth, count) block of x that begins at `at` into panels, DEPTH rows each, padded with zeros.
+
+        Rows of the block lie `row` apart, columns `step`; one of them is 1.
+        """
+        n, width = lanes(work), width_of(work)
+        if step == 1:
+            for k in range(depth):
+                for i in range(0, count, n):
+                    place = to + i // width * width * DEPTH + k * width + i % width
+                    if i + n <= count:
+                        store(work, place, load(x, at + k * row + i))
+                    else:
+                        store(work, place, load(x, at + k * row + i, count - i))
+                for i in range((count + n - 1) // n * n, (count + width - 1) // width * width, n):
+                    store(work, to + i // width * width * DEPTH + k * width + i % width, splat(0.0, work))
+            return
+        for first in range(0, count, width):
+            for i in range(0, width, n):
+                for k in range(0, depth, n):
+                    place = to + first * DEPTH + k * width + i
+                    if first + i + n <= count and k + n <= depth:
+                        swap_square(x, at + k + (first + i) * step, step, work, place, width)
+                    else:
+                        for r in range(min(n, depth - k)):
+                            for s in range(n):
+                                inside = first + i + s < count
+                                from_x = at + k + r + (first + i + s) * step
+                                work[place + r * width + s] = x[from_x] if inside else work.dtype.type(0)
+
+    return pack
+
+
+_pack_a, _pack_b = _packer(_panel_of_a), _packer(panel)

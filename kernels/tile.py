@@ -16,7 +16,7 @@ from numba import njit
 
 from .simd import REGISTERS, WIDTH, broadcast, fma, lanes, load, minimum, prefetch, select, store, unrolled, zeros
 
-ROWS, VECTORS = (8, 2) if REGISTERS == 32 else (4, 2)  # accumulators, two vectors of B and a broadcast must fit
+ROWS, VECTORS = (8, 2) if REGISTERS == 32 else (6, 2)  # accumulators, two vectors of B and a broadcast must fit
 
 
 def panel_width(dtype) -> int:
@@ -32,7 +32,7 @@ def panel(like):
 
 @unrolled
 def row_offsets(rows, stride):
-    """Where the tile's rows begin. Rows beyond `rows` repeat the last one, compute it again, and leave no tail."""
+    """Where the tile's rows begin. Rows beyond `rows` repeat the last one, and leave no tail."""
     return [minimum(r, rows - 1) * stride for r in range(ROWS)]
 
 
@@ -50,8 +50,8 @@ def load_tile(c, i, offsets):
 
 @unrolled
 def store_tile(c, i, offsets, tile):
-    """Write the tile to element `i` of `c`; last row first, so that repeated rows are written once more, the same."""
-    for row, vectors in zip(offsets, tile, strict=True):
+    """Write the tile to element `i` of `c`; last row first: whatever rows beyond the last one hold is overwritten."""
+    for row, vectors in reversed(list(zip(offsets, tile, strict=True))):
         for k, v in enumerate(vectors):
             store(c, i + row + k * lanes(c), v)
 
@@ -65,7 +65,7 @@ def load_tile_edge(c, i, offsets, columns):
 @unrolled
 def store_tile_edge(c, i, offsets, columns, tile):
     """store_tile where only `columns` of the panel exist."""
-    for row, vectors in zip(offsets, tile, strict=True):
+    for row, vectors in reversed(list(zip(offsets, tile, strict=True))):
         for k, v in enumerate(vectors):
             store(c, i + row + k * lanes(c), v, columns - k * lanes(c))
 
