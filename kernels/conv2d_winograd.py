@@ -81,7 +81,7 @@ def _pixels_of(table, tile, across, size, step, first, shape, outside):
 
 
 BLOCK = 64  # tiles that a worker takes through all steps: the weights' planes are read once for each block
-MOST_TILES = 256  # whose planes a worker keeps beside those of a panel of weights
+MOST_TILES = 256  # whose planes all workers keep while each goes through its panels of weights
 MOST_SUMS = 1 << 30  # bytes of the workers' own sums of weights' gradients, on a machine of many cores
 LINE = 16  # a cache line between planes: strides of a power of two would share a few cache sets
 
@@ -158,9 +158,29 @@ def _gather_weights_of(algorithm, u, gw, channels, panels):
 # ------------------------------------------------------------------ forward, and the gradient of the image
 
 
+@njit(cache=True)
+def _input_planes(algorithm, x, first, across, tiles, planes, to, stride, zeros):
+    """Tiles tiles[0] to tiles[1] of x, transformed, into planes `stride` apart: tile by tile from `to` on.
+
+    `zeros` is where x has zeros, for pixels outside of an image.
+    """
+    c, n = x.shape[3], lanes(x)
+    depth = (c + n - 1) // n * n  # channels of the planes, whole vectors
+    temp, table, coming = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
+    image = (x.shape[1], x.shape[2], x.shape[3])
+    _pixels_of(coming, tiles[0], across, algorithm.inputs, algorithm.advance, first, image, zeros)
+    for t in range(tiles[1] - tiles[0]):
+        table, coming = coming, table
+        following = min(tiles[0] + t + 1, tiles[1] - 1)
+        _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros)
+        for i in range(0, c, n):
+            fetch(algorithm, x, coming, i)
+            input_to_planes(algorithm, x, table, i, c - i, temp, planes, to + t * depth + i, stride)
+
+
 @njit(parallel=True, cache=True)
 def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, past, work):
-    """Each worker takes its share of the tiles, or of the panels, through all steps.
+    """Each worker takes its share of the tiles through all steps; or of the panels, once all tiles are transformed.
 
     `u` holds the planes of all weights, or, with `own`, room for each worker to transform those of a panel.
     With `past`, y is written past the caches.
@@ -170,49 +190,53 @@ def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, 
     columns = (y.shape[2] + algorithm.outputs - 1) // algorithm.outputs
     tiles = y.shape[0] * rows * columns
     panels = (y.shape[3] + panel(y) - 1) // panel(y)
+    depth = (x.shape[3] + lanes(x) - 1) // lanes(x) * lanes(x)
+    page = (max(x.shape[3], y.shape[3]) + panel(y) - 1) // panel(y) * panel(y)
+    for worker in prange(workers):
+        for i in range(page):
+            work[worker, i] = 0
+        if by_panels:
+            begin, end = part(worker, workers, tiles)
+            _input_planes(
+                algorithm, x, first, (rows, columns), (begin, end), work[0], 2 * page + begin * depth,
+                block * depth + LINE, distance(x, work[worker]),
+            )  # fmt: skip
     for worker in prange(workers):
         _forward_share(
             algorithm, x, w, u[worker % len(u)], y, bias, floor, residual, has_residual, first, (rows, columns),
             (0, tiles) if by_panels else part(worker, workers, tiles),
-            part(worker, workers, panels) if by_panels else (0, panels), block, own, past, work[worker],
+            part(worker, workers, panels) if by_panels else (0, panels), block, by_panels, own, past,
+            work[0] if by_panels else work[worker], work[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _forward_share(
-    algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, own, past, work
-):
+    algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, by_panels, own,
+    past, planes, work,
+):  # fmt: skip
     c, o = x.shape[3], y.shape[3]
     n, width = lanes(x), panel(x)
-    depth = (c + n - 1) // n * n  # channels of the planes, whole vectors
+    depth = (c + n - 1) // n * n
     square = algorithm.planes * algorithm.planes
     # work: zeros for pixels outside, a page that takes what is written outside, planes in, planes out
     page = (max(c, o) + width - 1) // width * width
-    for i in range(page):
-        work[i] = 0
     zeros, sink, blank = distance(x, work), distance(y, work) + page, distance(residual, work)
     v = 2 * page
     v_stride, m_stride = block * depth + LINE, block * width + LINE
     m = v + square * v_stride
     u_panel = c * width
     u_stride = (1 if own else (o + width - 1) // width) * u_panel + LINE
-    temp = np.empty(TEMP, x.dtype)
-    table, coming, others = np.empty(TABLE, np.int64), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
+    temp, table, others = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
     low = splat(floor, x)
-    image, out = (x.shape[1], x.shape[2], x.shape[3]), (y.shape[1], y.shape[2], y.shape[3])
+    out = (y.shape[1], y.shape[2], y.shape[3])
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
         few = count <= 2 * ROWS and not own  # then each plane of a panel is read once or twice, and the next asked for
         halves = (count + ROWS - 1) // ROWS
         lines = STEPS * VECTORS // halves
-        _pixels_of(coming, begin, across, algorithm.inputs, algorithm.advance, first, image, zeros)
-        for t in range(count):
-            table, coming = coming, table
-            following = begin + min(t + 1, count - 1)
-            _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros)
-            for i in range(0, c, n):
-                fetch(algorithm, x, coming, i)
-                input_to_planes(algorithm, x, table, i, c - i, temp, work, v + t * depth + i, v_stride)
+        if not by_panels:
+            _input_planes(algorithm, x, first, across, (begin, begin + count), planes, v, v_stride, zeros)
         for p in range(panels[0], panels[1]):
             if own:
                 _transform_weights_of(algorithm, w, (0, c), (p, p + 1), u)
@@ -222,9 +246,9 @@ def _forward_share(
                     a, offsets = v + plane * v_stride + t * depth, row_offsets(count - t, depth)
                     if few:
                         soon = at + u_stride + t // ROWS * c // halves * width
-                        tile = multiply_and_ask(zero_tile(x), work, a, offsets, 1, u, at, c, soon, lines)
+                        tile = multiply_and_ask(zero_tile(x), planes, a, offsets, 1, u, at, c, soon, lines)
                     else:
-                        tile = multiply(zero_tile(x), work, a, offsets, 1, u, at, width, c)
+                        tile = multiply(zero_tile(x), planes, a, offsets, 1, u, at, width, c)
                     store_tile(work, m + plane * m_stride + t * width, row_offsets(count - t, width), tile)
             for t in range(count):
                 _pixels_of(table, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, sink)
@@ -268,7 +292,7 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     # time, which stays in its cache. Else all weights are transformed once, and each worker takes its own tiles.
     own = panels >= workers and tiles <= min(MOST_TILES, o) and not is_constant(w)
     by_panels = own or (panels >= workers and tiles < workers * ROWS)
-    block = -(-min(tiles, MOST_TILES if own else BLOCK) // ROWS) * ROWS
+    block = -(-(tiles if by_panels else min(tiles, BLOCK)) // ROWS) * ROWS
     if own:
         u = empty((workers, square * (w.shape[2] * width + LINE)), y.dtype)
     else:
@@ -299,24 +323,44 @@ def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, work):
     columns = (gy.shape[2] + algorithm.outputs - 1) // algorithm.outputs
     tiles = gy.shape[0] * rows * columns
     panels = (gy.shape[3] + panel(gy) - 1) // panel(gy)
+    depth = (x.shape[3] + lanes(x) - 1) // lanes(x) * lanes(x)
+    page = (max(depth, gy.shape[3] + lanes(x)) + lanes(x) - 1) // lanes(x) * lanes(x)
     for worker in prange(workers):
-        _grad_w_share(
-            algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns),
-            (0, tiles) if by_panels else part(worker, workers, tiles),
-            part(worker, workers, panels) if by_panels else (0, panels), block, own, work[worker],
-        )  # fmt: skip
+        for i in range(page):
+            work[worker, i] = 0
+    if not by_panels:
+        for worker in prange(workers):
+            _grad_w_share(
+                algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), part(worker, workers, tiles),
+                0, (0, panels), block, False, own, work[worker], work[worker],
+            )  # fmt: skip
+        return
+    for begin in range(0, tiles, block):
+        end = min(tiles, begin + block)
+        for worker in prange(workers):
+            left, right = part(worker, workers, end - begin)
+            _input_planes(
+                algorithm, x, first, (rows, columns), (begin + left, begin + right), work[0], page + left * depth,
+                block * depth + LINE, distance(x, work[worker]),
+            )  # fmt: skip
+        for worker in prange(workers):
+            _grad_w_share(
+                algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), (begin, end), begin,
+                part(worker, workers, panels), block, True, own, work[0], work[worker],
+            )  # fmt: skip
 
 
 @njit(cache=True)
-def _grad_w_share(algorithm, x, gy, planes_of_u, gw, first, across, share, panels, block, own, work):
+def _grad_w_share(
+    algorithm, x, gy, planes_of_u, gw, first, across, share, done, panels, block, by_panels, own, planes, work
+):
+    """`done` tiles have been summed before."""
     c, o = x.shape[3], gy.shape[3]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n
     square = algorithm.planes * algorithm.planes
-    for i in range(max(depth, o + n)):  # a page of zeros
-        work[i] = 0
     zeros_x, zeros_gy = distance(x, work), distance(gy, work)
-    v = (max(depth, o + n) + n - 1) // n * n
+    v = (max(depth, o + n) + n - 1) // n * n  # behind a page of zeros
     v_stride = block * depth + LINE
     d = v + square * v_stride
     d_panel = block * width
@@ -324,17 +368,11 @@ def _grad_w_share(algorithm, x, gy, planes_of_u, gw, first, across, share, panel
     line, u = width if own else (o + width - 1) // width * width, planes_of_u[0]
     u_stride = c * line + LINE
     temp, table, coming = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
-    image, out = (x.shape[1], x.shape[2], x.shape[3]), (gy.shape[1], gy.shape[2], gy.shape[3])
+    out = (gy.shape[1], gy.shape[2], gy.shape[3])
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
-        _pixels_of(coming, begin, across, algorithm.inputs, algorithm.advance, first, image, zeros_x)
-        for t in range(count):
-            table, coming = coming, table
-            following = begin + min(t + 1, count - 1)
-            _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros_x)
-            for i in range(0, c, n):
-                fetch(algorithm, x, coming, i)
-                input_to_planes(algorithm, x, table, i, c - i, temp, work, v + t * depth + i, v_stride)
+        if not by_panels:
+            _input_planes(algorithm, x, first, across, (begin, begin + count), planes, v, v_stride, zeros_x)
         _pixels_of(coming, begin, across, algorithm.outputs, algorithm.outputs, (0, 0), out, zeros_gy)
         for t in range(count):
             table, coming = coming, table
@@ -350,24 +388,15 @@ def _grad_w_share(algorithm, x, gy, planes_of_u, gw, first, across, share, panel
                 for row in range(0, c, ROWS):
                     to = plane * u_stride + row * line + (0 if own else p * width)
                     offsets = row_offsets(c - row, line)  # rows beyond c multiply what lies there, and are overwritten
-                    tile = load_tile(u, to, offsets) if begin > share[0] else zero_tile(x)
+                    tile = load_tile(u, to, offsets) if done > 0 else zero_tile(x)
                     tile = multiply(
-                        tile, work, v + plane * v_stride + row, row_offsets(ROWS, 1), depth,
+                        tile, planes, v + plane * v_stride + row, row_offsets(ROWS, 1), depth,
                         work, d + plane * d_stride + (p - panels[0]) * d_panel, width, count,
                     )  # fmt: skip
                     store_tile(u, to, offsets, tile)
             if own:
                 _gather_weights_of(algorithm, planes_of_u, gw, (0, c), (p, p + 1))
-
-
-def _sums(algorithm, c, o, width):
-    """Numbers in the planes that a worker sums up."""
-    return algorithm.planes**2 * (c * -(-o // width) * width + LINE)
-
-
-def _few_tiles(tiles, o, width):
-    """Whether a worker takes some panels and all tiles, which are fewer than weights."""
-    return -(-o // width) >= min(threads.count(), tiles) and tiles <= min(MOST_TILES, o)
+        done += count
 
 
 def _run_grad_w(algorithm, gy, x, w_shape, first):
@@ -380,16 +409,16 @@ def _run_grad_w(algorithm, gy, x, w_shape, first):
         clear(gw)
         return gw
     workers = min(threads.count(), tiles)
-    planes_of_u = _sums(algorithm, c, o, width)
-    # As in _run: few tiles and many weights. Else workers sum for themselves, unless these sums would leave the cache.
-    own = _few_tiles(tiles, o, width)
-    by_panels = own or (workers * planes_of_u * gy.itemsize > L3 and panels >= workers)
+    planes_of_u = square * (c * panels * width + LINE)
+    # As in _run: few tiles and many weights. Else workers sum for themselves, unless these sums would fill the cache.
+    own = panels >= workers and tiles <= min(MOST_TILES, o)
+    by_panels = own or (workers * planes_of_u * gy.itemsize > L3 // 2 and panels >= workers)
     if not by_panels:
         workers = max(1, min(workers, MOST_SUMS // (planes_of_u * gy.itemsize)))
     lane = width // VECTORS
     depth = -(-c // lane) * lane
     mine = -(-panels // workers) * width if by_panels else panels * width
-    block = -(-min(tiles, MOST_TILES if own else 2 * BLOCK if by_panels else BLOCK) // ROWS) * ROWS
+    block = -(-min(tiles, MOST_TILES if by_panels else BLOCK) // ROWS) * ROWS
     if own:
         u = empty((workers, square * (c * width + LINE)), gy.dtype)
     else:
@@ -456,12 +485,7 @@ def _grad_x_pays(gy, w, x_shape, stride, *rest, **epilogue):
 
 
 def _grad_w_pays(gy, x, w_shape, stride, *rest):
-    images, *size, o = gy.shape
-    # At stride 2 each worker sums up 81 planes: out of cache they cost more than the multiplications saved
-    width, tiles = panel_width(gy.dtype), images * -(-size[0] // 4) * -(-size[1] // 4)
-    sums = threads.count() * _sums(S4(), x.shape[3], o, width) * gy.itemsize
-    in_cache = stride[0] == 1 or _few_tiles(tiles, o, width) or sums <= L3 // 2
-    return in_cache and _pays(images, size, stride[0], x.shape[3])
+    return _pays(gy.shape[0], gy.shape[1:3], stride[0], x.shape[3])
 
 
 @conv2d.variant(
