@@ -17,7 +17,7 @@ from .elementwise import as_rows
 from .epilogue import finish
 from .im2col import col2im, col2im_into, im2col, im2col_into, output_shape
 from .matmul import matmul
-from .memory import clear, contiguous, empty
+from .memory import clear, contiguous, empty, into
 
 # ------------------------------------------------------------------ the reference: im2col, GEMM, col2im
 
@@ -51,9 +51,12 @@ def conv2d_grad_x(gy, w, x_shape, stride, padding, dilation, groups, *, residual
 
 
 @Primitive
-def conv2d_grad_w(gy, x, w_shape, stride, padding, dilation, groups):
-    """(N, OH, OW, O), (N, H, W, C) -> (KH, KW, C/groups, O): columns transposed times gy."""
-    gw = xp_of(gy).empty(w_shape, gy.dtype)
+def conv2d_grad_w(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
+    """(N, OH, OW, O), (N, H, W, C) -> (KH, KW, C/groups, O): columns transposed times gy.
+
+    The result is written to `out`, where given: C-contiguous, of that shape.
+    """
+    gw = xp_of(gy).empty(w_shape, gy.dtype) if out is None else out
     for of_x, of_y in _groups(gw, groups):
         cols = im2col(x[..., of_x], w_shape[:2], stride, padding, dilation)
         gw[..., of_y] = matmul(cols.T, as_rows(gy[..., of_y])).reshape(*w_shape[:3], w_shape[3] // groups)
@@ -111,18 +114,19 @@ def conv2d_grad_x_blocked(gy, w, x_shape, stride, padding, dilation, groups, *, 
 
 
 @conv2d_grad_w.variant("blocked", supports=_one_group)
-def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_blocked(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """the sum over blocks of images of (columns transposed times gy)"""
     kernel, width = w_shape[:2], w_shape[0] * w_shape[1] * w_shape[2]
     n, oh, ow, o = gy.shape
     gy = contiguous(gy)
-    gw, of_block = empty((width, o), gy.dtype), empty((width, o), gy.dtype)
+    gw, of_block = into(out, w_shape, gy.dtype), empty((width, o), gy.dtype)
     clear(gw)
+    rows = gw.reshape(width, o)
     for block in _blocks(n, oh * ow, width, gy.itemsize):
         cols = empty(((block.stop - block.start) * oh * ow, width), gy.dtype)
         im2col_into(cols, x[block], kernel, stride, padding, dilation)
-        aside(operator.iadd, gw, matmul(cols.T, as_rows(gy[block]), out=of_block))
-    return gw.reshape(w_shape)
+        aside(operator.iadd, rows, matmul(cols.T, as_rows(gy[block]), out=of_block))
+    return gw
 
 
 # ------------------------------------------------------------------ pointwise: a 1x1 convolution is a plain GEMM
@@ -153,11 +157,14 @@ def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups, *
 
 
 @conv2d_grad_w.variant(
-    "pointwise", supports=lambda gy, x, shape, s, p, d, g: is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x)
+    "pointwise",
+    supports=lambda gy, x, shape, s, p, d, g, **out: is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x),
 )
-def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """1x1, stride 1: the image transposed times gy"""
-    return matmul(as_rows(x).T, as_rows(gy)).reshape(w_shape)
+    gw = into(out, w_shape, gy.dtype)
+    matmul(as_rows(x).T, as_rows(gy), out=gw[0, 0])
+    return gw
 
 
 # ------------------------------------------------------------------ work: the same multiplications in each direction
@@ -181,5 +188,5 @@ def _(gy, w, x_shape, stride, padding, dilation, groups, **epilogue):
 
 
 @conv2d_grad_w.work
-def _(gy, x, w_shape, stride, padding, dilation, groups):
+def _(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     return _work(gy.size, x.size, w_shape, gy.itemsize)

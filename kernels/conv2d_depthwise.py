@@ -29,7 +29,7 @@ from .conv2d_direct import conv2d_direct  # noqa: F401 (the rung before this one
 from .dispatch import aside, plain_floats
 from .epilogue import finish
 from .im2col import output_shape
-from .memory import contiguous, empty
+from .memory import clear, contiguous, empty, into
 from .simd import REGISTERS, distance, fma, lanes, load, minimum, splat, store, unrolled, zeros
 from .tile import clip, part
 
@@ -376,16 +376,24 @@ def conv2d_grad_x_depthwise(gy, w, x_shape, stride, padding, dilation, groups, *
 
 @conv2d_grad_w.variant(
     "depthwise",
-    supports=lambda gy, x, w_shape, s, p, d, groups: _depthwise(gy, x, x.shape[3], groups),
-    auto=lambda gy, x, w_shape, s, p, d, groups: groups > 1,
+    supports=lambda gy, x, w_shape, s, p, d, groups, **out: _depthwise(gy, x, x.shape[3], groups),
+    auto=lambda gy, x, w_shape, s, p, d, groups, **out: groups > 1,
 )
-def conv2d_grad_w_depthwise(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_depthwise(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """the same tiles with the roles exchanged: pixels times gy, added to the taps' sums in cache"""
     kh, kw, _, o = w_shape
+    gw = into(out, w_shape, gy.dtype)
     if not gy.size:
-        return np.zeros(w_shape, gy.dtype)
+        clear(gw)
+        return gw
     plan = _plan(gy.shape[1:3], x.shape[1:3], (kh, kw), tuple(stride), tuple(padding), tuple(dilation))
     workers = min(threads.count(), gy.shape[0] * gy.shape[1])
     u, blank = empty((workers, 2, kh * kw, o), gy.dtype), np.zeros(o, gy.dtype)
     _gather(plan, _each_output(x, o), contiguous(gy), u, blank, *_room(plan, workers))
-    return aside(np.sum, u[:, 0], 0).reshape(w_shape)
+    aside(_add_up, u, gw)
+    return gw
+
+
+def _add_up(u, gw):
+    """What the workers have found."""
+    np.sum(u[:, 0], axis=0, out=gw.reshape(-1, gw.shape[3]))

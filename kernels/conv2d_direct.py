@@ -28,7 +28,7 @@ from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x, is_pointwise
 from .dispatch import aside
 from .epilogue import finish, padded_bias
 from .im2col import output_shape
-from .memory import clear, contiguous, empty, scratch
+from .memory import clear, contiguous, empty, into, scratch
 from .pack import panels_of, swap_channels
 from .simd import distance, lanes, load, minimum, splat, store, unrolled
 from .tile import (
@@ -368,10 +368,10 @@ def _over_pixels(tile, a, table, k, taps, at, offsets, b, j, count):
     return tile
 
 
-@conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g: _pays(shape, s, p, g))
-def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups):
+@conv2d_grad_w.variant("direct", auto=lambda gy, x, shape, s, p, d, g, **out: _pays(shape, s, p, g))
+def conv2d_grad_w_direct(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """tiles of weights stay in registers while a block of pixels and of gy passes"""
-    gw = empty(w_shape, gy.dtype)
+    gw = into(out, w_shape, gy.dtype)
     rows = gy.shape[0] * gy.shape[1] * gy.shape[2]
     if not rows or not gw.size:
         clear(gw)

@@ -22,7 +22,7 @@ from .conv2d import conv2d, conv2d_grad_w
 from .dispatch import aside, plain_floats
 from .epilogue import finish, padded_bias
 from .im2col import output_shape
-from .memory import clear, contiguous, empty, scratch
+from .memory import clear, contiguous, empty, into, scratch
 from .pack import panels_of
 from .simd import lanes, load, minimum, prefetch, splat, store, unrolled
 from .tile import (
@@ -199,12 +199,12 @@ def _grad_w_band(x, gy, u, kernel, stride, padding, place, rows, table, band):
 
 @conv2d_grad_w.variant(
     "few_channels",
-    supports=lambda gy, x, shape, *g: _few_channels(x, shape, *g) and plain_floats(gy, x),
-    auto=lambda gy, x, shape, *g: _pays(gy.shape[2]),
+    supports=lambda gy, x, shape, *g, **out: _few_channels(x, shape, *g) and plain_floats(gy, x),
+    auto=lambda gy, x, shape, *g, **out: _pays(gy.shape[2]),
 )
-def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """up to 8 channels: the tile is eight numbers of the kernel (ROWS), and gy passes once for each eight"""
-    gw = empty(w_shape, gy.dtype)
+    gw = into(out, w_shape, gy.dtype)
     if not gy.size or not gw.size:
         clear(gw)
         return gw

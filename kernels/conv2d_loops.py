@@ -18,7 +18,7 @@ from numba import njit, prange
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .epilogue import finish
 from .im2col import output_shape
-from .memory import contiguous
+from .memory import contiguous, into
 
 
 @njit(parallel=True, cache=True)
@@ -95,9 +95,9 @@ def conv2d_grad_x_loops(gy, w, x_shape, stride, padding, dilation, groups, *, re
 
 
 @conv2d_grad_w.variant("loops", auto=False, before="blocked")
-def conv2d_grad_w_loops(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_loops(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """the same seven loops, the sum over images and positions innermost"""
-    gw = np.empty(w_shape, gy.dtype)
+    gw = into(out, w_shape, gy.dtype)
     gy, x = contiguous(gy), contiguous(x)
     _grad_w(gy, x, gw, tuple(stride), tuple(padding), tuple(dilation), w_shape[3] // groups)
     return gw

@@ -16,7 +16,7 @@ from numba import njit, prange
 from . import threads
 from .conv2d import conv2d_grad_w
 from .dispatch import aside, plain_floats
-from .memory import clear, contiguous, empty, scratch
+from .memory import clear, contiguous, empty, into, scratch
 from .simd import lanes, load, prefetch, store
 from .tile import (
     ROWS,
@@ -105,14 +105,14 @@ def _share(x, gy, u, stride, positions, work):
 
 @conv2d_grad_w.variant(
     "subsampled",
-    supports=lambda gy, x, shape, stride, padding, dilation, groups: (
+    supports=lambda gy, x, shape, stride, padding, dilation, groups, **out: (
         tuple(shape[:2]) == (1, 1) and tuple(padding) == (0, 0) and groups == 1 and plain_floats(gy, x)
     ),
-    auto=lambda gy, x, shape, stride, *rest: max(stride) > 1,  # else it is a plain GEMM
+    auto=lambda gy, x, shape, stride, *rest, **out: max(stride) > 1,  # else it is a plain GEMM
 )
-def conv2d_grad_w_subsampled(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_subsampled(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """1x1 kernels with a stride: the pixels that it meets, gathered by blocks; the next block is asked for meanwhile"""
-    gw = empty(w_shape, gy.dtype)
+    gw = into(out, w_shape, gy.dtype)
     positions, (c, o) = gy.shape[0] * gy.shape[1] * gy.shape[2], w_shape[2:]
     if not positions or not gw.size:
         clear(gw)

@@ -20,7 +20,7 @@ from .dispatch import plain_floats
 from .epilogue import padded_bias
 from .im2col import output_shape
 from .memory import LINE as CACHE_LINE
-from .memory import clear, contiguous, empty, past_caches, scratch
+from .memory import clear, contiguous, empty, into, past_caches, scratch
 from .pack import swap_channels
 from .simd import distance, lanes, splat
 from .tile import (
@@ -399,8 +399,8 @@ def _grad_w_share(
         done += count
 
 
-def _run_grad_w(algorithm, gy, x, w_shape, first):
-    gw = empty(w_shape, gy.dtype)
+def _run_grad_w(algorithm, gy, x, w_shape, first, out):
+    gw = into(out, w_shape, gy.dtype)
     c, o = w_shape[2:]
     width = panel_width(gy.dtype)
     panels, square = -(-o // width), algorithm.planes**2
@@ -484,7 +484,7 @@ def _grad_x_pays(gy, w, x_shape, stride, *rest, **epilogue):
     return _pays(gy.shape[0], gy.shape[1:3], stride[0], gy.shape[3])
 
 
-def _grad_w_pays(gy, x, w_shape, stride, *rest):
+def _grad_w_pays(gy, x, w_shape, stride, *rest, **out):
     return _pays(gy.shape[0], gy.shape[1:3], stride[0], x.shape[3])
 
 
@@ -529,20 +529,20 @@ def conv2d_grad_x_winograd4(gy, w, x_shape, stride, padding, dilation, groups, *
 
 
 @conv2d_grad_w.variant(
-    "winograd2", supports=lambda gy, x, *g: _is_3x3(g[0][:2], *g[1:]) and plain_floats(gy, x), auto=False
+    "winograd2", supports=lambda gy, x, *g, **out: _is_3x3(g[0][:2], *g[1:]) and plain_floats(gy, x), auto=False
 )
-def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """F(2x2, 3x3) read backwards"""
     gy, x = contiguous(gy), contiguous(x)
-    return _run_grad_w(F2(), gy, x, w_shape, (-padding[0], -padding[1]))
+    return _run_grad_w(F2(), gy, x, w_shape, (-padding[0], -padding[1]), out)
 
 
 @conv2d_grad_w.variant(
     "winograd4",
-    supports=lambda gy, x, shape, s, p, d, g: _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x),
+    supports=lambda gy, x, shape, s, p, d, g, **out: _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x),
     auto=_grad_w_pays,
 )
-def conv2d_grad_w_winograd4(gy, x, w_shape, stride, padding, dilation, groups):
+def conv2d_grad_w_winograd4(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """F(4x4, 3x3) read backwards; at stride 2, by parity"""
     gy, x = contiguous(gy), contiguous(x)
-    return _run_grad_w(F4() if stride[0] == 1 else S4(), gy, x, w_shape, (-padding[0], -padding[1]))
+    return _run_grad_w(F4() if stride[0] == 1 else S4(), gy, x, w_shape, (-padding[0], -padding[1]), out)

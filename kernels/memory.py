@@ -163,6 +163,11 @@ def address(x: np.ndarray) -> int:
     return x.__array_interface__["data"][0]
 
 
+def into(out: np.ndarray | None, shape: Any, dtype: Any) -> np.ndarray:
+    """`out`, where the caller has brought memory for the result; else new memory."""
+    return empty(shape, dtype) if out is None else out
+
+
 def empty_like(x: np.ndarray) -> np.ndarray:
     """An uninitialised C-ordered array of the shape and dtype of `x`."""
     return empty(x.shape, x.dtype)

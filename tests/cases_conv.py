@@ -69,7 +69,10 @@ def conv2d_grad_x(rng, dtype):
 
 
 def conv2d_grad_w(rng, dtype):
-    return [((gy, x, w.shape, *geometry), {}) for x, w, gy, geometry in _conv_arrays(rng, dtype)]
+    calls = []
+    for x, w, gy, geometry in _conv_arrays(rng, dtype):
+        calls += [((gy, x, w.shape, *geometry), kwargs) for kwargs in ({}, dict(out=np.full(w.shape, np.nan, dtype)))]
+    return calls
 
 
 def im2col(rng, dtype):

@@ -25,7 +25,7 @@ class Conv2d(Op):
     def backward(self, gy):
         x, w = self.saved
         gx = kernels.conv2d_grad_x(gy, w, x.shape, *self.geometry) if self.needs[0] else None
-        gw = kernels.conv2d_grad_w(gy, x, w.shape, *self.geometry) if self.needs[1] else None
+        gw = kernels.conv2d_grad_w(gy, x, w.shape, *self.geometry, out=self.out_for(1)) if self.needs[1] else None
         gb = bias_grad(gy) if len(self.needs) == 3 and self.needs[2] else None
         return (gx, gw, gb)[: len(self.needs)]
 
@@ -48,7 +48,7 @@ class FusedConv2d(Op):
         gx = None
         if self.needs[0]:
             gx = kernels.conv2d_grad_x(gy, w, x.shape, *self.geometry, residual=self.take_arrived(0))
-        gw = kernels.conv2d_grad_w(gy, x, w.shape, *self.geometry) if self.needs[1] else None
+        gw = kernels.conv2d_grad_w(gy, x, w.shape, *self.geometry, out=self.out_for(1)) if self.needs[1] else None
         return gx, gw, *(gb if name == "bias" else gy for name in self.names)
 
 
