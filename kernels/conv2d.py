@@ -50,7 +50,7 @@ def conv2d_grad_x(gy, w, x_shape, stride, padding, dilation, groups, *, residual
     return finish(gx, residual=residual)
 
 
-@Primitive
+@Primitive(unkeyed=("out",))
 def conv2d_grad_w(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """(N, OH, OW, O), (N, H, W, C) -> (KH, KW, C/groups, O): columns transposed times gy.
 
@@ -158,7 +158,7 @@ def conv2d_grad_x_pointwise(gy, w, x_shape, stride, padding, dilation, groups, *
 
 @conv2d_grad_w.variant(
     "pointwise",
-    supports=lambda gy, x, shape, s, p, d, g, **out: is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x),
+    supports=lambda gy, x, shape, s, p, d, g, **out: is_pointwise(shape[:2], s, p, g) and plain_floats(gy, x, **out),
 )
 def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """1x1, stride 1: the image transposed times gy"""

@@ -1,4 +1,4 @@
-"""The gradient of the weights of a 1x1 convolution with a stride: a product of two tall matrices, one scattered.
+"""The gradient of the weights of a 1x1 convolution with a stride: a product of two tall matrices, one in pieces.
 
 gw = X^T GY, where X has the pixels that the stride meets and GY their gradients: a few hundred columns each, and as
 many rows as there are positions. Each number that is read meets a hundred others at most, so half of the time goes by
@@ -45,7 +45,7 @@ def _pixel(x, gy, stride, position):
 
 @njit(cache=True)
 def _copy(x, at, count, work, to):
-    """A run of numbers, by vectors."""
+    """A run of numbers, by vectors; the last one may write a vector too far, and the next run overwrites it."""
     n = lanes(x)
     for i in range(0, count, n):
         if i + n <= count:
@@ -75,14 +75,14 @@ def _share(x, gy, u, stride, positions, work):
     c, o, line = x.shape[3], gy.shape[3], u.shape[1]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n
-    panels, tiles = BLOCK * depth + n, line // width * ((c + ROWS - 1) // ROWS)  # gradients lie behind the pixels
+    behind, tiles = BLOCK * depth + n, line // width * ((c + ROWS - 1) // ROWS)  # gradients lie behind the pixels
     of_x, of_gy, u = x.reshape(x.size), gy.reshape(gy.size), u.reshape(u.size)
     for first in range(positions[0], positions[1], BLOCK):
         count = min(BLOCK, positions[1] - first)
         for r in range(count):
             _copy(of_x, _pixel(x, gy, stride, first + r), c, work, r * depth)
             for p in range(0, line, width):
-                _copy(of_gy, (first + r) * o + p, min(width, o - p), work, panels + p * BLOCK + r * width)
+                _copy(of_gy, (first + r) * o + p, min(width, o - p), work, behind + p * BLOCK + r * width)
         coming, due, steps = first + count, 0, tiles * ((count + STEPS - 1) // STEPS)
         for p in range(0, line, width):
             for row in range(0, c, ROWS):
@@ -98,7 +98,7 @@ def _share(x, gy, u, stride, positions, work):
                             coming += 1
                     tile = multiply(
                         tile, work, k * depth + row, row_offsets(ROWS, 1), depth,
-                        work, panels + p * BLOCK + k * width, width, min(STEPS, count - k),
+                        work, behind + p * BLOCK + k * width, width, min(STEPS, count - k),
                     )  # fmt: skip
                 store_tile(u, at, to, tile)
 
@@ -106,7 +106,7 @@ def _share(x, gy, u, stride, positions, work):
 @conv2d_grad_w.variant(
     "subsampled",
     supports=lambda gy, x, shape, stride, padding, dilation, groups, **out: (
-        tuple(shape[:2]) == (1, 1) and tuple(padding) == (0, 0) and groups == 1 and plain_floats(gy, x)
+        tuple(shape[:2]) == (1, 1) and tuple(padding) == (0, 0) and groups == 1 and plain_floats(gy, x, **out)
     ),
     auto=lambda gy, x, shape, stride, *rest, **out: max(stride) > 1,  # else it is a plain GEMM
 )

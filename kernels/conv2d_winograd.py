@@ -1,12 +1,15 @@
 """Winograd's convolution, driven: blocks of tiles, weights, the three directions and the rungs; see winograd.py.
 
-Each worker takes a block of tiles through all steps, transform, GEMMs, transform back, while its planes stay in cache.
-Memory traffic is the image once in and once out, and the transformed weights once a block; arithmetic falls by the
-algorithm's factor. Forward and the gradient of the image are the same code: at stride 1 on the weights turned by 180
-degrees, at stride 2 with the algorithm S4X.
+Each worker takes a block of tiles through all steps, transform, GEMMs, transform back, while its planes stay in cache;
+or, where there are few tiles and many weights, all tiles and a part of the output channels (`by_panels`). Memory
+traffic is the image once in and once out, and the transformed weights once a block; arithmetic falls by the algorithm's
+factor. Forward and the gradient of the image are the same code: at stride 1 on the weights turned by 180 degrees, at
+stride 2 with the algorithm S4X.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numba import njit, prange
@@ -159,12 +162,12 @@ def _gather_weights_of(algorithm, u, gw, channels, panels):
 
 
 @njit(cache=True)
-def _input_planes(algorithm, x, first, across, tiles, planes, to, stride, zeros):
-    """Tiles tiles[0] to tiles[1] of x, transformed, into planes `stride` apart: tile by tile from `to` on.
+def _input_planes(algorithm, x, first, across, tiles, v, place, zeros):
+    """Tiles tiles[0] to tiles[1] of x, transformed, into the planes v, as their tile number `place` and those after it.
 
     `zeros` is where x has zeros, for pixels outside of an image.
     """
-    c, n = x.shape[3], lanes(x)
+    c, n, stride = x.shape[3], lanes(x), v.shape[1]
     depth = (c + n - 1) // n * n  # channels of the planes, whole vectors
     temp, table, coming = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
     image = (x.shape[1], x.shape[2], x.shape[3])
@@ -175,56 +178,52 @@ def _input_planes(algorithm, x, first, across, tiles, planes, to, stride, zeros)
         _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros)
         for i in range(0, c, n):
             fetch(algorithm, x, coming, i)
-            input_to_planes(algorithm, x, table, i, c - i, temp, planes, to + t * depth + i, stride)
+            input_to_planes(algorithm, x, table, i, c - i, temp, v, (place + t) * depth + i, stride)
 
 
 @njit(parallel=True, cache=True)
-def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, past, work):
+def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, past, v, work):
     """Each worker takes its share of the tiles through all steps; or of the panels, once all tiles are transformed.
 
     `u` holds the planes of all weights, or, with `own`, room for each worker to transform those of a panel.
-    With `past`, y is written past the caches.
+    `v` has room for the planes of a block of tiles, for each worker or for all. With `past`, y is written past the
+    caches.
     """
     workers = work.shape[0]
     rows = (y.shape[1] + algorithm.outputs - 1) // algorithm.outputs
     columns = (y.shape[2] + algorithm.outputs - 1) // algorithm.outputs
     tiles = y.shape[0] * rows * columns
     panels = (y.shape[3] + panel(y) - 1) // panel(y)
-    depth = (x.shape[3] + lanes(x) - 1) // lanes(x) * lanes(x)
-    page = (max(x.shape[3], y.shape[3]) + panel(y) - 1) // panel(y) * panel(y)
     for worker in prange(workers):
-        for i in range(page):
+        for i in range(max(x.shape[3], y.shape[3]) + lanes(x)):
             work[worker, i] = 0
         if by_panels:
             begin, end = part(worker, workers, tiles)
-            _input_planes(
-                algorithm, x, first, (rows, columns), (begin, end), work[0], 2 * page + begin * depth,
-                block * depth + LINE, distance(x, work[worker]),
-            )  # fmt: skip
+            zeros = distance(x, work[worker])
+            _input_planes(algorithm, x, first, (rows, columns), (begin, end), v[0], begin, zeros)
+    # Numba makes one loop of two only where no iteration needs what another one has written. Here all need v.
     for worker in prange(workers):
         _forward_share(
             algorithm, x, w, u[worker % len(u)], y, bias, floor, residual, has_residual, first, (rows, columns),
             (0, tiles) if by_panels else part(worker, workers, tiles),
             part(worker, workers, panels) if by_panels else (0, panels), block, by_panels, own, past,
-            work[0] if by_panels else work[worker], work[worker],
+            v[worker % len(v)], work[worker],
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _forward_share(
     algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, by_panels, own,
-    past, planes, work,
+    past, v, work,
 ):  # fmt: skip
     c, o = x.shape[3], y.shape[3]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n
     square = algorithm.planes * algorithm.planes
-    # work: zeros for pixels outside, a page that takes what is written outside, planes in, planes out
+    # work: zeros for pixels outside, a page that takes what is written outside, the planes of the output
     page = (max(c, o) + width - 1) // width * width
     zeros, sink, blank = distance(x, work), distance(y, work) + page, distance(residual, work)
-    v = 2 * page
-    v_stride, m_stride = block * depth + LINE, block * width + LINE
-    m = v + square * v_stride
+    m, v_stride, m_stride = 2 * page, v.shape[1], block * width + LINE
     u_panel = c * width
     u_stride = (1 if own else (o + width - 1) // width) * u_panel + LINE
     temp, table, others = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
@@ -236,19 +235,19 @@ def _forward_share(
         halves = (count + ROWS - 1) // ROWS
         lines = STEPS * VECTORS // halves
         if not by_panels:
-            _input_planes(algorithm, x, first, across, (begin, begin + count), planes, v, v_stride, zeros)
+            _input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros)
         for p in range(panels[0], panels[1]):
             if own:
                 _transform_weights_of(algorithm, w, (0, c), (p, p + 1), u)
             for plane in range(square):
                 at = plane * u_stride + (0 if own else p * u_panel)
                 for t in range(0, count, ROWS):
-                    a, offsets = v + plane * v_stride + t * depth, row_offsets(count - t, depth)
+                    a, offsets = plane * v_stride + t * depth, row_offsets(count - t, depth)
                     if few:
                         soon = at + u_stride + t // ROWS * c // halves * width
-                        tile = multiply_and_ask(zero_tile(x), planes, a, offsets, 1, u, at, c, soon, lines)
+                        tile = multiply_and_ask(zero_tile(x), v, a, offsets, 1, u, at, c, soon, lines)
                     else:
-                        tile = multiply(zero_tile(x), planes, a, offsets, 1, u, at, width, c)
+                        tile = multiply(zero_tile(x), v, a, offsets, 1, u, at, width, c)
                     store_tile(work, m + plane * m_stride + t * width, row_offsets(count - t, width), tile)
             for t in range(count):
                 _pixels_of(table, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, sink)
@@ -288,8 +287,8 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     lane = width // VECTORS
     depth = -(-x.shape[3] // lane) * lane
     workers = threads.count()
-    # Few tiles and many weights: each worker transforms all tiles, and the weights of its own panels, one panel at a
-    # time, which stays in its cache. Else all weights are transformed once, and each worker takes its own tiles.
+    # Few tiles and many weights: the workers transform all tiles together, and each the weights of its own panels, one
+    # panel at a time, which stays in its cache. Else all weights are transformed once, and each takes its own tiles.
     own = panels >= workers and tiles <= min(MOST_TILES, o) and not is_constant(w)
     by_panels = own or (panels >= workers and tiles < workers * ROWS)
     block = -(-(tiles if by_panels else min(tiles, BLOCK)) // ROWS) * ROWS
@@ -299,20 +298,32 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
         u = derived(w, type(algorithm), lambda: _planes_of(algorithm, w))
     w = contiguous(w)
     page = -(-max(x.shape[3], o) // width) * width
-    size = 2 * page + square * (block * (depth + width) + 2 * LINE)
-    work = scratch((workers, size), y.dtype)
+    v, work = _room(
+        (1 if by_panels else workers, square, block * depth + LINE),
+        (workers, 2 * page + square * (block * width + LINE)),
+        y.dtype,
+    )
     floor = y.dtype.type(0 if relu else -np.inf)
     plus = y if residual is None else contiguous(residual)
     past = past_caches(y) and o % lane == 0 and lane * y.itemsize == CACHE_LINE  # no half lines
-    _forward(algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, past, work)
+    _forward(
+        algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, past, v, work
+    )
     return y
+
+
+def _room(of_v, of_work, dtype):
+    """Scratch memory for the planes v and for the workers."""
+    size = math.prod(of_v)
+    memory = scratch((size + math.prod(of_work),), dtype)
+    return memory[:size].reshape(of_v), memory[size:].reshape(of_work)
 
 
 # ------------------------------------------------------------------ the gradient of the weights
 
 
 @njit(parallel=True, cache=True)
-def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, work):
+def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, v, work):
     """Each worker sums over its share of the tiles, into planes of its own, or over all tiles for its panels.
 
     `u` holds the planes of all weights, for each worker or for all, or, with `own`, those of a panel for each worker,
@@ -323,36 +334,32 @@ def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, work):
     columns = (gy.shape[2] + algorithm.outputs - 1) // algorithm.outputs
     tiles = gy.shape[0] * rows * columns
     panels = (gy.shape[3] + panel(gy) - 1) // panel(gy)
-    depth = (x.shape[3] + lanes(x) - 1) // lanes(x) * lanes(x)
-    page = (max(depth, gy.shape[3] + lanes(x)) + lanes(x) - 1) // lanes(x) * lanes(x)
     for worker in prange(workers):
-        for i in range(page):
+        for i in range(max(x.shape[3], gy.shape[3]) + lanes(x)):
             work[worker, i] = 0
     if not by_panels:
         for worker in prange(workers):
             _grad_w_share(
                 algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), part(worker, workers, tiles),
-                0, (0, panels), block, False, own, work[worker], work[worker],
+                0, (0, panels), block, False, own, v[worker], work[worker],
             )  # fmt: skip
         return
     for begin in range(0, tiles, block):
         end = min(tiles, begin + block)
         for worker in prange(workers):
             left, right = part(worker, workers, end - begin)
-            _input_planes(
-                algorithm, x, first, (rows, columns), (begin + left, begin + right), work[0], page + left * depth,
-                block * depth + LINE, distance(x, work[worker]),
-            )  # fmt: skip
+            zeros = distance(x, work[worker])
+            _input_planes(algorithm, x, first, (rows, columns), (begin + left, begin + right), v[0], left, zeros)
         for worker in prange(workers):
             _grad_w_share(
                 algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), (begin, end), begin,
-                part(worker, workers, panels), block, True, own, work[0], work[worker],
+                part(worker, workers, panels), block, True, own, v[0], work[worker],
             )  # fmt: skip
 
 
 @njit(cache=True)
 def _grad_w_share(
-    algorithm, x, gy, planes_of_u, gw, first, across, share, done, panels, block, by_panels, own, planes, work
+    algorithm, x, gy, planes_of_u, gw, first, across, share, done, panels, block, by_panels, own, v, work
 ):
     """`done` tiles have been summed before."""
     c, o = x.shape[3], gy.shape[3]
@@ -360,10 +367,8 @@ def _grad_w_share(
     depth = (c + n - 1) // n * n
     square = algorithm.planes * algorithm.planes
     zeros_x, zeros_gy = distance(x, work), distance(gy, work)
-    v = (max(depth, o + n) + n - 1) // n * n  # behind a page of zeros
-    v_stride = block * depth + LINE
-    d = v + square * v_stride
-    d_panel = block * width
+    v_stride, d_panel = v.shape[1], block * width
+    d = (max(c, o) + width - 1) // width * width + width  # behind a page of zeros
     d_stride = (panels[1] - panels[0]) * d_panel + LINE
     line, u = width if own else (o + width - 1) // width * width, planes_of_u[0]
     u_stride = c * line + LINE
@@ -372,7 +377,7 @@ def _grad_w_share(
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
         if not by_panels:
-            _input_planes(algorithm, x, first, across, (begin, begin + count), planes, v, v_stride, zeros_x)
+            _input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros_x)
         _pixels_of(coming, begin, across, algorithm.outputs, algorithm.outputs, (0, 0), out, zeros_gy)
         for t in range(count):
             table, coming = coming, table
@@ -390,7 +395,7 @@ def _grad_w_share(
                     offsets = row_offsets(c - row, line)  # rows beyond c multiply what lies there, and are overwritten
                     tile = load_tile(u, to, offsets) if done > 0 else zero_tile(x)
                     tile = multiply(
-                        tile, planes, v + plane * v_stride + row, row_offsets(ROWS, 1), depth,
+                        tile, v, plane * v_stride + row, row_offsets(ROWS, 1), depth,
                         work, d + plane * d_stride + (p - panels[0]) * d_panel, width, count,
                     )  # fmt: skip
                     store_tile(u, to, offsets, tile)
@@ -423,8 +428,13 @@ def _run_grad_w(algorithm, gy, x, w_shape, first, out):
         u = empty((workers, square * (c * width + LINE)), gy.dtype)
     else:
         u = empty((1 if by_panels else workers, planes_of_u), gy.dtype)
-    size = max(depth, o + lane) + lane + square * (block * (depth + mine) + 2 * LINE)
-    _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, scratch((workers, size), gy.dtype))
+    page = -(-max(c, o) // width) * width + width
+    v, work = _room(
+        (1 if by_panels else workers, square, block * depth + LINE),
+        (workers, page + square * (block * mine + LINE)),
+        gy.dtype,
+    )
+    _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, v, work)
     if not own:
         _gather_weights(algorithm, u, gw)
     return gw
@@ -529,7 +539,7 @@ def conv2d_grad_x_winograd4(gy, w, x_shape, stride, padding, dilation, groups, *
 
 
 @conv2d_grad_w.variant(
-    "winograd2", supports=lambda gy, x, *g, **out: _is_3x3(g[0][:2], *g[1:]) and plain_floats(gy, x), auto=False
+    "winograd2", supports=lambda gy, x, *g, **out: _is_3x3(g[0][:2], *g[1:]) and plain_floats(gy, x, **out), auto=False
 )
 def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """F(2x2, 3x3) read backwards"""
@@ -539,7 +549,9 @@ def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups, *
 
 @conv2d_grad_w.variant(
     "winograd4",
-    supports=lambda gy, x, shape, s, p, d, g, **out: _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x),
+    supports=lambda gy, x, shape, s, p, d, g, **out: (
+        _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x, **out)
+    ),
     auto=_grad_w_pays,
 )
 def conv2d_grad_w_winograd4(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):

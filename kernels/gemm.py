@@ -46,8 +46,8 @@ from .tile import (
     zero_tile,
 )
 
-# Of float32: 128 KB of B and 512 KB of A in an L2 of 1 MB or more, else 256 KB of each. The deeper a block, the more of
-# a row is read at once, and the less often a tile of C comes and goes.
+# Of float32: 128 KB of B and up to 512 KB of A in an L2 of 1 MB or more, else up to 256 KB of each. The deeper a block,
+# the more of a row is read at once, and the less often a tile of C comes and goes.
 DEPTH, COLUMNS = (512, 64) if L2 >= 1 << 20 else (256, 256)
 ROWS_HELD = 256 if ROWS == 8 else 240  # whole panels of A, for every type
 

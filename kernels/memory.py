@@ -164,8 +164,18 @@ def address(x: np.ndarray) -> int:
 
 
 def into(out: np.ndarray | None, shape: Any, dtype: Any) -> np.ndarray:
-    """`out`, where the caller has brought memory for the result; else new memory."""
-    return empty(shape, dtype) if out is None else out
+    """`out`, where the caller has brought memory for a result of that shape and dtype; else new memory.
+
+    Raises ValueError on memory that does not fit, or that is not C-contiguous: a reshaped copy would be filled instead.
+    """
+    if out is None:
+        return empty(shape, dtype)
+    if out.shape != tuple(shape) or out.dtype != dtype or not out.flags.c_contiguous:
+        order = "" if out.flags.c_contiguous else " that is not C-contiguous"
+        raise ValueError(
+            f"out is {out.dtype}{list(out.shape)}{order}: expected C-contiguous {np.dtype(dtype)}{list(shape)}"
+        )
+    return out
 
 
 def empty_like(x: np.ndarray) -> np.ndarray:

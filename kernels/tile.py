@@ -5,7 +5,8 @@ A tile of C, ROWS x VECTORS vectors, stays in registers while `depth` columns of
     for k in range(depth): tile += A[:, k] B[k, :]           one broadcast a row, ROWS x VECTORS fused multiply-adds
 
 Two loads of B and eight broadcasts feed sixteen multiply-adds: with AVX-512 that is 5 cycles of loading for 8 of
-arithmetic, so the arithmetic never waits (Goto & van de Geijn 2008). Eight rows divide the usual numbers of channels.
+arithmetic, so the arithmetic never waits (Goto & van de Geijn 2008). Eight rows divide the usual numbers of channels;
+where there are 16 registers, six rows are what fits, and where other files say eight they mean ROWS.
 B comes in *panels*: PANEL columns wide, each row of a panel one or two cache lines, padded with zeros at the edge.
 """
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import nanocnn as nc
 import nanocnn.functional as F
 from nanocnn.kernels import conv2d as conv
-from nanocnn.kernels import dispatch, memory
+from nanocnn.kernels import dispatch, memory, tuned
 from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
 
@@ -228,3 +228,63 @@ def test_pixels_that_no_tap_meets_have_no_gradient():
             del dirt, x
             found = conv.conv2d_grad_x.variants["direct"].body(*args, **more)
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------ memory that the caller brings
+
+
+def _gradient_calls():
+    """A call for each variant of conv2d_grad_w: (x, w_shape, geometry)."""
+    rng = np.random.default_rng(0)
+    for kernel, stride, padding, groups in [(3, 1, 1, 1), (1, 1, 0, 1), (1, 2, 0, 1), (3, 1, 1, 4)]:
+        x = rng.standard_normal((2, 9, 9, 4)).astype(np.float32)
+        yield x, (kernel, kernel, 4 // groups, 8), ((stride,) * 2, (padding,) * 2, (1, 1), groups)
+
+
+def test_the_gradient_of_weights_is_written_where_the_caller_wants_it():
+    ran = set()
+    for x, shape, geometry in _gradient_calls():
+        gy = conv.conv2d(x, np.ones(shape, np.float32), *geometry)
+        expected = conv.conv2d_grad_w.variants["reference"].body(gy, x, shape, *geometry)
+        for name, variant in conv.conv2d_grad_w.variants.items():
+            memory_of_mine = np.full(shape, np.nan, np.float32)
+            if not variant.supports(gy, x, shape, *geometry, out=memory_of_mine):
+                continue
+            assert variant.body(gy, x, shape, *geometry, out=memory_of_mine) is memory_of_mine
+            np.testing.assert_allclose(memory_of_mine, expected, rtol=1e-3, atol=1e-3, err_msg=name)
+            ran.add(name)
+    assert ran == set(conv.conv2d_grad_w.variants)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.zeros((3, 3, 4, 16), np.float32)[..., ::2], "not C-contiguous: expected C-contiguous float32"),
+        (np.zeros((3, 3, 8, 4), np.float32), r"out is float32\[3, 3, 8, 4\]: expected .*\[3, 3, 4, 8\]"),
+    ],
+)
+def test_memory_that_does_not_fit_is_refused(out, message):
+    x, shape, geometry = next(_gradient_calls())
+    gy = conv.conv2d(x, np.ones(shape, np.float32), *geometry)
+    for name in set(conv.conv2d_grad_w.variants) - {"reference"}:
+        variant = conv.conv2d_grad_w.variants[name]
+        if variant.supports(gy, x, shape, *geometry, out=out):
+            with pytest.raises(ValueError, match=message):
+                variant.body(gy, x, shape, *geometry, out=out)
+
+
+def test_memory_of_another_type_is_left_to_the_reference():
+    x, shape, geometry = next(_gradient_calls())
+    gy, out = conv.conv2d(x, np.ones(shape, np.float32), *geometry), np.full(shape, np.nan)
+    assert conv.conv2d_grad_w(gy, x, shape, *geometry, out=out) is out
+    np.testing.assert_allclose(out, conv.conv2d_grad_w(gy, x, shape, *geometry), rtol=1e-3, atol=1e-3)
+
+
+def test_tuned_measures_a_gradient_once_wherever_it_is_written():
+    x, shape, geometry = next(_gradient_calls())
+    gy = conv.conv2d(x, np.ones(shape, np.float32), *geometry)
+    keys = {
+        tuned._key(conv.conv2d_grad_w, (gy, x, shape, *geometry), more)
+        for more in ({}, {"out": None}, {"out": np.zeros(shape, np.float32)})
+    }
+    assert len(keys) == 1
