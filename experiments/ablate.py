@@ -59,6 +59,11 @@ class AblationError(ChoiceError):
     """What was asked for cannot be measured; the message says why."""
 
 
+def everything_on(fixed: dict[str, str]) -> dict[str, str]:
+    """`fixed`, and "on" for switches that are off unless one asks for them (graph)."""
+    return {**{name: "on" for name, s in dispatch.switches.items() if s.default != "on" and "on" in s.choices}, **fixed}
+
+
 def left_out(base: Row, fixed: dict[str, str], only: Sequence[str]) -> tuple[list[Configuration], list[str]]:
     """Everything that `base` used, left out one at a time; and the names on the board that it did not use."""
     found, unused = [], []
@@ -68,7 +73,8 @@ def left_out(base: Row, fixed: dict[str, str], only: Sequence[str]) -> tuple[lis
         others = _others(entry, base)
         if not others:
             unused.append(entry["name"])
-        found += [_one(f"{entry['name']}={choice}", entry, {**fixed, entry["name"]: choice}) for choice in others]
+        everything = {**base.configuration.choices, **fixed}
+        found += [_one(f"{entry['name']}={choice}", entry, {**everything, entry["name"]: choice}) for choice in others]
     return found, unused
 
 
@@ -110,6 +116,7 @@ def one_by_one(
             cost[name] = row.figures()["ratio"]  # of several choices that of the last
             if entries[name]["kind"] == "switch":
                 switches[name] = choice
+    everything = {**base.configuration.choices, **fixed}
     chain = [Configuration(TEXTBOOK, "reference", {**switches, **fixed})]
     order = sorted(cost, key=lambda name: -cost[name])
     for name in order[:bars]:
@@ -118,9 +125,9 @@ def one_by_one(
         chain.append(_one(f"+ {name}", entry, choices, "reference"))
     if order and len(order) <= bars and not only:  # with the last one everything is on
         last = chain.pop()
-        chain.append(Configuration(last.label, "fastest", fixed, last.place, last.about))
+        chain.append(Configuration(last.label, "fastest", everything, last.place, last.about))
     else:
-        chain.append(Configuration("+ all the rest", "fastest", fixed))
+        chain.append(Configuration("+ all the rest", "fastest", everything))
     return chain
 
 
@@ -208,7 +215,7 @@ def ablate(args: argparse.Namespace) -> None:
         raise ChoiceError(f"--use {policy[0]}: the policy is what is measured here; give name=choice")
     with nc.using(**fixed):  # an unknown name is an error now, and not in another process
         _entries(args.only)
-        ladder = rungs(args.primitive, fixed) if args.primitive else []
+        ladder = rungs(args.primitive, everything_on(fixed)) if args.primitive else []
     data = nc.data.load(args.data, args.data_dir, val=0, train_size=args.steps * args.batch, test_size=TEST_IMAGES)
     name = "-".join(["ablate", args.model, data.name, *args.primitive[:1]])
     folder = args.out or Path("runs", name)
@@ -223,7 +230,7 @@ def ablate(args: argparse.Namespace) -> None:
     laboratory, console = Laboratory(args.model, data, vars(args)), Console()
     if not console.is_terminal:
         console.width = 100
-    (base,) = laboratory.look([Configuration(BASE, "fastest", fixed)])
+    (base,) = laboratory.look([Configuration(BASE, "fastest", everything_on(fixed))])
     if base.error:
         raise AblationError(f"with everything on, training fails: {base.error}")
     if ladder:

@@ -264,7 +264,7 @@ examples:
   python -m nanocnn bench relu --size 64 --threads 1       any primitive: its images have the same options
   python -m nanocnn bench                                  what can be measured, and the named layers
 
-Speed-up is over the first rung, the textbook's. More GFLOP/s than the peak means fewer operations: Winograd.
+Speed-up is over the first rung, the reference. More GFLOP/s than the peak means fewer operations: Winograd.
 """
 SIZES = (
     ("batch", "N", "images"),

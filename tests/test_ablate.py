@@ -80,7 +80,7 @@ def test_a_quick_run_leaves_a_table_files_and_a_picture(tmp_path):
 
     fall = told["waterfall"]
     textbook, fastest = rows["textbook"], rows["+ all the rest"]
-    assert (textbook["policy"], fastest["policy"], fastest["choices"]) == ("reference", "fastest", {})
+    assert (textbook["policy"], fastest["policy"], fastest["choices"]) == ("reference", "fastest", {"graph": "on"})
     assert textbook["choices"] == {"prefetch": "off"}
     assert [bar["label"] for bar in fall][::2] == ["textbook", "+ all the rest"]
     assert (fall[0]["ms"], fall[-1]["ms"]) == (textbook["ms"], fastest["ms"])
@@ -92,6 +92,16 @@ def test_a_quick_run_leaves_a_table_files_and_a_picture(tmp_path):
     assert (tmp_path / "waterfall.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_everything_on_is_more_than_what_is_on_by_default():
+    """The switch `graph` is off unless asked for: with everything on it is on, and what is left out is `graph=off`."""
+    assert ablate.everything_on({}) == {"graph": "on"}
+    assert ablate.everything_on({"graph": "off", "fuse": "off"}) == {"graph": "off", "fuse": "off"}
+    asked = {"graph": "on"}
+    base = ablate.Row(ablate.Configuration(ablate.BASE, "fastest", ablate.everything_on({})), dict(asked=asked, ran={}))
+    found, _ = ablate.left_out(base, {}, ["graph"])
+    assert [(c.label, c.choices) for c in found] == [("graph=off", {"graph": "off"})]
+
+
 def test_a_ladder_is_climbed_rung_by_rung(tmp_path, monkeypatch, capsys):
     ablate.ablate(options(monkeypatch, *TINY, "--primitive", "max_pool2d", "--out", tmp_path))
     told = json.loads((tmp_path / "ablation.json").read_text())
@@ -101,7 +111,7 @@ def test_a_ladder_is_climbed_rung_by_rung(tmp_path, monkeypatch, capsys):
     calls = sum(base["look"]["calls"]["max_pool2d"].values())
     for row in rungs:
         rung = row["label"].removeprefix("max_pool2d=")
-        assert row["choices"] == {"max_pool2d": f"upto:{rung}"}
+        assert row["choices"] == {"graph": "on", "max_pool2d": f"upto:{rung}"}
         assert row["place"] == ladder[rung].place
         assert f"{row['look']['calls']['max_pool2d'][rung]}/{calls}" in printed
     idle = [name for name in ladder if name not in {row["label"].removeprefix("max_pool2d=") for row in rungs}]

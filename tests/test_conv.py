@@ -15,7 +15,7 @@ from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
 
 CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
-VARIANTS = list(dispatch.primitives["conv2d"].variants)
+VARIANTS = list(dict.fromkeys(name for p in CONVOLUTIONS for name in dispatch.primitives[p].variants))
 
 
 SIZES, GROUPS, FEW = st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
@@ -58,6 +58,7 @@ CAN = {  # what a rung is for, where that is not everything
     "pointwise": dict(kernels=ONE, strides=ONE, paddings=ZERO, groups=ONE),
     "depthwise": dict(channels=ONE),
     "direct": dict(channels=MANY),
+    "subsampled": dict(kernels=ONE, paddings=ZERO, groups=ONE, channels=MANY),
     "few_channels": dict(dilations=ONE, groups=ONE, channels=st.integers(1, 8)),
     "winograd2": dict(kernels=THREE, strides=ONE, dilations=ONE, groups=ONE, channels=MANY),
     "winograd4": dict(kernels=THREE, strides=st.integers(1, 2), dilations=ONE, groups=ONE, channels=MANY, square=True),

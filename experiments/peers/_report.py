@@ -64,7 +64,7 @@ def network_table(entry: dict, result: dict) -> str:
 def layer_header(rows: list[Row], result: dict) -> str:
     """The columns of layer_line()."""
     names = "".join(f"{label(row, result):>28}" for row in rows)
-    return f"\nmedian ms and GFLOP/s\n{'':42}{names}    ours / best: median, minimum"
+    return f"\nmedian ms and GFLOP/s\n{'':42}{names}    ours / best: median"
 
 
 def layer_line(entry: dict, result: dict) -> str:
