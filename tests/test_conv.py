@@ -289,3 +289,33 @@ def test_tuned_measures_a_gradient_once_wherever_it_is_written():
         for more in ({}, {"out": None}, {"out": np.zeros(shape, np.float32)})
     }
     assert len(keys) == 1
+
+
+# ------------------------------------------------------------------ memory that begins anywhere
+
+
+def _unaligned(x):
+    """A copy that begins at an odd address."""
+    memory_of_it = np.empty(x.nbytes + 1, np.uint8)[1:]
+    y = memory_of_it.view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y
+
+
+def test_unaligned_arrays():
+    ran = set()
+    for x, shape, geometry in _gradient_calls():
+        w = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        gy = conv.conv2d(x, w, *geometry)
+        calls = {"conv2d": (x, w), "conv2d_grad_x": (gy, w, x.shape), "conv2d_grad_w": (gy, x, shape)}
+        for name, args in calls.items():
+            odd = [_unaligned(a) if isinstance(a, np.ndarray) else a for a in args]
+            assert not odd[0].flags.aligned
+            variants = dispatch.primitives[name].variants
+            expected = variants["reference"].body(*args, *geometry)
+            for variant in variants.values():
+                if variant.supports(*odd, *geometry):
+                    y = variant.body(*odd, *geometry)
+                    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3, err_msg=f"{name}:{variant.name}")
+                    ran.add((name, variant.name))
+    assert ran == {(name, v) for name in CONVOLUTIONS for v in dispatch.primitives[name].variants}
