@@ -1,4 +1,4 @@
-"""Arrays and speed: the ground floor of nanocnn, one file a family, slowest variant first.
+"""Arrays and speed: the ground floor of nanocnn, one file a family, from the reference upwards.
 
 Imported as `nanocnn.kernels` (a symlink); knows no tensor and imports nothing of `nanocnn`. A new kernel is a new file
 in this folder: it is found, put on the board, tested and benchmarked without a line anywhere else.

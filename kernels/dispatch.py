@@ -1,7 +1,7 @@
 """Primitives, variants and switches: every choice that makes nanocnn faster is declared through this file.
 
 A *primitive* maps arrays to arrays. Its first body is the reference, plain `xp` code that runs on NumPy and on CuPy;
-faster *variants* are registered beside it, slowest first, so that a kernel file reads as a ladder. A *switch* is a
+faster *variants* are registered beside it, in ascending order, so that a kernel file reads as a ladder. A *switch* is a
 named choice that is no kernel. `using()` chooses, `board()` lists; nothing else in the project keeps such a list.
 
     @Primitive
@@ -338,7 +338,7 @@ class Primitive:
         return count
 
     def candidates(self, *args: Any, **kwargs: Any) -> list[Variant]:
-        """The variants that can do this call, slowest first."""
+        """The variants that can do this call, in the order of the ladder."""
         device = _device_of_call(args, kwargs)
         return [v for v in self.variants.values() if v.device in (None, device) and v.supports(*args, **kwargs)]
 

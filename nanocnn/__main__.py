@@ -95,7 +95,7 @@ def show_board(as_json: bool) -> None:
         console.width = 100
     console.print(Text(f"policy: {policy} ({dispatch.POLICIES[policy]})"))
     for kind, title in (
-        ("primitive", "Primitives: the slowest variant first"),
+        ("primitive", "Primitives: the reference first, then the ladder"),
         ("switch", "Switches: the default first"),
     ):
         table = Table("name", "choice", "what it does", "where", title=title, title_justify="left", title_style="bold")

@@ -109,7 +109,7 @@ def ladder(
     say: Callable[[str], None] = lambda line: None,
     **kwargs: Any,
 ) -> list[Result]:
-    """Measure every variant of `primitive` on the call with these arguments; slowest first, as in its file.
+    """Measure every variant of `primitive` on the call with these arguments; the reference first, then the ladder.
 
     Each is checked against the reference in float64 first. Then they are timed in turn (A B C A B C), `rounds` times;
     a variant whose single call takes longer than `limit` seconds is not. The reference runs with every primitive that
