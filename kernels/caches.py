@@ -1,4 +1,4 @@
-"""Sizes of this machine's caches in bytes: the block sizes of the kernels come from them."""
+"""Sizes of this machine's caches in bytes: block sizes and rules of the kernels come from them."""
 
 from __future__ import annotations
 

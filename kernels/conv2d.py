@@ -167,6 +167,18 @@ def conv2d_grad_w_pointwise(gy, x, w_shape, stride, padding, dilation, groups, *
     return gw
 
 
+# ------------------------------------------------------------------ what workers have summed up, each for itself
+
+
+def add_up(u, gw):
+    """The sums of the workers, u (workers, rows, O or more), into gw (..., O), C-contiguous."""
+    aside(_add_up, u, gw)
+
+
+def _add_up(u, gw):
+    np.sum(u[..., : gw.shape[-1]], axis=0, out=gw.reshape(-1, gw.shape[-1]))
+
+
 # ------------------------------------------------------------------ work: the same multiplications in each direction
 
 

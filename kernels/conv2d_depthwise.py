@@ -24,7 +24,7 @@ import numpy as np
 from numba import njit, prange
 
 from . import threads
-from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
+from .conv2d import add_up, conv2d, conv2d_grad_w, conv2d_grad_x
 from .conv2d_direct import conv2d_direct  # noqa: F401 (the rung before this one on the ladder)
 from .dispatch import aside, plain_floats
 from .epilogue import finish
@@ -376,7 +376,7 @@ def conv2d_grad_x_depthwise(gy, w, x_shape, stride, padding, dilation, groups, *
 
 @conv2d_grad_w.variant(
     "depthwise",
-    supports=lambda gy, x, w_shape, s, p, d, groups, **out: _depthwise(gy, x, x.shape[3], groups),
+    supports=lambda gy, x, w_shape, s, p, d, groups, **out: _depthwise(gy, x, x.shape[3], groups, **out),
     auto=lambda gy, x, w_shape, s, p, d, groups, **out: groups > 1,
 )
 def conv2d_grad_w_depthwise(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
@@ -390,10 +390,5 @@ def conv2d_grad_w_depthwise(gy, x, w_shape, stride, padding, dilation, groups, *
     workers = min(threads.count(), gy.shape[0] * gy.shape[1])
     u, blank = empty((workers, 2, kh * kw, o), gy.dtype), np.zeros(o, gy.dtype)
     _gather(plan, _each_output(x, o), contiguous(gy), u, blank, *_room(plan, workers))
-    aside(_add_up, u, gw)
+    add_up(u[:, 0], gw)
     return gw
-
-
-def _add_up(u, gw):
-    """What the workers have found."""
-    np.sum(u[:, 0], axis=0, out=gw.reshape(-1, gw.shape[3]))

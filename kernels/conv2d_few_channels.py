@@ -18,7 +18,7 @@ from numba import njit, prange
 from . import threads
 from .caches import L1
 from .constant import derived
-from .conv2d import conv2d, conv2d_grad_w
+from .conv2d import add_up, conv2d, conv2d_grad_w
 from .dispatch import aside, plain_floats
 from .epilogue import finish, padded_bias
 from .im2col import output_shape
@@ -67,7 +67,7 @@ def _copy_band(x, image, top, rows, padding, band):
             continue
         for k in range(left):
             band[at + k] = 0
-        for k in range(0, w * c, n):  # by vectors: number by number, it was a third of the whole
+        for k in range(0, w * c, n):  # by vectors: number by number, copying takes most of the time of multiplying
             source = (image * h + row) * w * c + k
             if k + n <= w * c:
                 store(band, at + left + k, load(flat, source))
@@ -222,10 +222,5 @@ def conv2d_grad_w_few_channels(gy, x, w_shape, stride, padding, dilation, groups
     u = empty((workers, len(table), o + rest), gy.dtype)
     work = scratch((workers, size), gy.dtype)
     _grad_w(contiguous(x), gy, u, tuple(kernel), tuple(stride), tuple(padding), rows, table, work)
-    aside(_add_up, u, gw)
+    add_up(u, gw)
     return gw
-
-
-def _add_up(u, gw):
-    """What the workers have found."""
-    gw[...] = u.sum(axis=0)[:, : gw.shape[3]].reshape(gw.shape)

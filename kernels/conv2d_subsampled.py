@@ -10,12 +10,11 @@ time of `direct`, by `python -m nanocnn bench conv2d_grad_w --kernel 1 --stride 
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit, prange
 
 from . import threads
-from .conv2d import conv2d_grad_w
-from .dispatch import aside, plain_floats
+from .conv2d import add_up, conv2d_grad_w
+from .dispatch import plain_floats
 from .memory import clear, contiguous, empty, into, scratch
 from .simd import lanes, load, prefetch, store
 from .tile import (
@@ -45,7 +44,7 @@ def _pixel(x, gy, stride, position):
 
 @njit(cache=True)
 def _copy(x, at, count, work, to):
-    """A run of numbers, by vectors; the last one may write a vector too far, and the next run overwrites it."""
+    """A run of numbers, in whole vectors: the last one is filled up with zeros."""
     n = lanes(x)
     for i in range(0, count, n):
         if i + n <= count:
@@ -123,10 +122,5 @@ def conv2d_grad_w_subsampled(gy, x, w_shape, stride, padding, dilation, groups, 
     u = empty((workers, c, line), gy.dtype)
     work = scratch((workers, BLOCK * (depth + line) + 2 * width), gy.dtype)
     _grad_w(contiguous(x), contiguous(gy), u, tuple(stride), work)
-    aside(_add_up, u, gw)
+    add_up(u, gw)
     return gw
-
-
-def _add_up(u, gw):
-    """What the workers have found."""
-    np.sum(u[..., : gw.shape[3]], axis=0, out=gw[0, 0])

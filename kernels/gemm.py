@@ -27,7 +27,7 @@ from .constant import derived, is_constant
 from .epilogue import padded_bias
 from .memory import contiguous, scratch
 from .pack import panels_of, swap_square
-from .simd import lanes, load, splat, store, unrolled
+from .simd import WIDTH, lanes, load, splat, store, unrolled
 from .tile import (
     ROWS,
     STEPS,
@@ -49,7 +49,7 @@ from .tile import (
 # Of float32: 128 KB of B and up to 512 KB of A in an L2 of 1 MB or more, else up to 256 KB of each. The deeper a block,
 # the more of a row is read at once, and the less often a tile of C comes and goes.
 DEPTH, COLUMNS = (512, 64) if L2 >= 1 << 20 else (256, 256)
-ROWS_HELD = 256 if ROWS == 8 else 240  # whole panels of A, for every type
+ROWS_HELD = 256 // math.lcm(WIDTH // 4, ROWS) * math.lcm(WIDTH // 4, ROWS)  # whole panels of A; float64's divide them
 
 
 def gemm(a, b, out, bias=None, relu=False):
@@ -135,7 +135,8 @@ def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, pac
 
 
 def _packer(width_of):
-    """A compiled function for panels of a width that the compiler knows."""
+    """A compiled function for panels of a width that the compiler knows: as an argument, it would be divided by for
+    every vector."""
 
     @njit(cache=True)
     def pack(x, at, row, step, depth, count, work, to):

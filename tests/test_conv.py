@@ -267,11 +267,13 @@ def test_the_gradient_of_weights_is_written_where_the_caller_wants_it():
 def test_memory_that_does_not_fit_is_refused(out, message):
     x, shape, geometry = next(_gradient_calls())
     gy = conv.conv2d(x, np.ones(shape, np.float32), *geometry)
-    for name in set(conv.conv2d_grad_w.variants) - {"reference"}:
-        variant = conv.conv2d_grad_w.variants[name]
-        if variant.supports(gy, x, shape, *geometry, out=out):
-            with pytest.raises(ValueError, match=message):
-                variant.body(gy, x, shape, *geometry, out=out)
+    variants = dict(conv.conv2d_grad_w.variants)
+    del variants["reference"]  # it writes to any memory of that shape
+    able = [v for v in variants.values() if v.supports(gy, x, shape, *geometry, out=out)]
+    assert {v.name for v in able} >= {"loops", "blocked", "direct", "few_channels", "winograd2", "winograd4"}
+    for variant in able:
+        with pytest.raises(ValueError, match=message):
+            variant.body(gy, x, shape, *geometry, out=out)
 
 
 def test_memory_of_another_type_is_left_to_the_reference():
