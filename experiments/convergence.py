@@ -66,7 +66,7 @@ what is left out: dropout, whose masks PyTorch draws in a way of its own. NANOCN
 """
 CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
 REFERENCE, PYTORCH = "im2col", "PyTorch"
-RUNGS = {REFERENCE: "reference", "F2": "upto:winograd2", "F4": "upto:winograd4"}  # of the three convolutions alike
+RUNGS = {REFERENCE: "reference", "F2": "upto:winograd2", "F4": "upto:parity"}  # of the three convolutions alike
 WAYS = {
     REFERENCE: "columns and one GEMM, what the others are compared with",
     "F2": "Winograd's F(2x2, 3x3) where it can (stride 1), else the fastest rung without Winograd",

@@ -5,10 +5,12 @@ A table stands between two comments, and everything between them is written anew
 
     <!-- table: networks -->   training and inference, in nanocnn and in other frameworks
     <!-- table: layers -->     the networks' convolutions one by one
+    <!-- table: pytorch -->    nanocnn's time over PyTorch's, a column for each number of threads and each folder
     <!-- /table -->
 
 A result file is the vs_peers.json of `python experiments/vs_peers.py`, copied to docs/measurements/ under any name.
-Files of several runs (another batch, another number of threads) make one table together.
+Files of several runs (another batch, another number of threads) make one table together. What was measured in another
+way, on fewer instructions for example, goes to a folder of its own in there, which the table `pytorch` alone reads.
 """
 
 import argparse
@@ -28,9 +30,12 @@ class TableError(ValueError):
 
 
 def results(folder):
-    """The vs_peers results in a folder, by file name, other JSON files left out. Raises TableError on a broken file."""
+    """The vs_peers results in a folder and in its folders, each with their name as "folder", or "" in the first.
+
+    Other JSON files are left out. Raises TableError on a broken file.
+    """
     found = []
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in [*sorted(Path(folder).glob("*.json")), *sorted(Path(folder).glob("*/*.json"))]:
         try:
             result = json.loads(path.read_text())
         except ValueError as error:
@@ -38,13 +43,13 @@ def results(folder):
         if isinstance(result, dict) and result.get("kind") == "vs_peers":
             if result["width"] != 1:
                 raise TableError(f"{path} measured networks of width {result['width']:g}: a table is of the whole ones")
-            found.append(result)
+            found.append({**result, "folder": path.parent.name if path.parent != Path(folder) else ""})
     return found
 
 
 def networks(runs):
     """Rows: network, mode, batch, threads. Columns: each framework in its best setting, and ours over the best."""
-    cells, titles, settings = {}, {}, {}
+    cells, titles, settings, runs = {}, {}, {}, _here(runs)
     for run in runs:
         for entry in run["networks"]:
             key = entry["model"], entry["mode"], run["batch"], run["threads"]
@@ -60,7 +65,7 @@ def networks(runs):
     lines = []
     for (model, mode, batch, threads), row in cells.items():
         what = f"{_report.MODELS[model]}, {_report.MODES[mode]}, batch {batch}"
-        what += f", {threads} thread{'s' * (threads > 1)}" if several else ""
+        what += f", {_threads(threads)}" if several else ""
         times = [f"{_ms(row[name]['median'])} ({_ms(row[name]['minimum'])})" if name in row else "" for name in names]
         best = _report.best(list(row.values()))
         ratios = [_ratio(row["ours"], other) for other in (row.get("pytorch"), best)]
@@ -72,7 +77,7 @@ def networks(runs):
 
 def layers(runs):
     """Rows: layers. Columns: for each direction our median in ms, and its ratio to the best of the others."""
-    cells, share = {}, {}
+    cells, share, runs = {}, {}, _here(runs)
     for run in runs:
         for entry in run["layers"]:
             key = entry["layer"], run["batch"], run["threads"]
@@ -91,7 +96,36 @@ def layers(runs):
     return _markdown(header, lines) + _footer([run for run in runs if run["layers"]], "")
 
 
-TABLES = {"networks": networks, "layers": layers}
+def pytorch(runs):
+    """Rows: network, mode, batch. Columns: ours over PyTorch, each in its best setting, by threads and folder."""
+    cells, columns = {}, {}
+    for run in runs:
+        column = _threads(run["threads"]) + (f", {run['folder']}" if run["folder"] else "")
+        for entry in run["networks"]:
+            other = _report.best(entry["rows"], "pytorch")
+            row = cells.setdefault((entry["model"], entry["mode"], run["batch"]), {})
+            if column in row:
+                raise TableError(f"two result files measured {entry['model']}, {entry['mode']}, {column}: keep one")
+            row[column] = _ratio(_report.best(entry["rows"], "ours"), other)
+            columns[column] = None
+    header = ["nanocnn / PyTorch, median", *columns]
+    lines = [
+        [f"{_report.MODELS[model]}, {_report.MODES[mode]}, batch {batch}", *(row.get(column, "") for column in columns)]
+        for (model, mode, batch), row in cells.items()
+    ]
+    return _markdown(header, lines)
+
+
+TABLES = {"networks": networks, "layers": layers, "pytorch": pytorch}
+
+
+def _here(runs):
+    """The results that lie in no folder of their own."""
+    return [run for run in runs if not run["folder"]]
+
+
+def _threads(count):
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _ms(seconds):

@@ -11,10 +11,12 @@ import json
 import math
 import pickle
 import shlex
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import peers  # isort: skip  (beside this file)
@@ -60,6 +62,7 @@ TOLERANCES = {  # relative, in the Euclidean norm of each array
 # stop spinning (ONNX Runtime's take 40 ms).
 TURN, PAUSE = 0.2, 0.06
 LAYER_TURN, LAYER_PAUSE = 0.04, 0.015
+PATIENCE = 2  # seconds, after which the first preparation says what it does
 
 
 def arguments():
@@ -135,6 +138,7 @@ class Comparison:
 
     def __init__(self, args):
         self.args = args
+        self.told = False  # that kernels are compiled
         chosen = args.peers or [name for name in able(args) if not peers.missing(name)]
         self.names = sorted({"ours", *chosen}, key=peers.names().index)
         machine = machine_facts()
@@ -142,6 +146,7 @@ class Comparison:
             kind="vs_peers",
             command=shlex.join(["python", "experiments/vs_peers.py", *without_folder(sys.argv[1:])]),
             date=time.strftime("%Y-%m-%d"),
+            commit=commit(),
             threads=args.threads,
             batch=args.batch,
             width=args.width,
@@ -200,6 +205,18 @@ class Comparison:
                 entrants.append((row, process, answer))
         return entrants
 
+    @contextmanager
+    def patience(self, process):
+        """Around a question: say what takes so long, once, if nanocnn may have kernels to compile."""
+        timer = threading.Timer(PATIENCE, say, ["  preparing nanocnn: the first time, its kernels are compiled"])
+        if process.name == "ours" and not self.told:
+            timer.start()
+        try:
+            yield
+        finally:
+            self.told = self.told or process.name == "ours"
+            timer.cancel()
+
     def take_turns(self, rows, entrants, fastest, seconds, pause, *question):
         """Round after round ask each for a turn of the same number of steps, and add its seconds to its row.
 
@@ -224,7 +241,8 @@ class Comparison:
             def prepare(process):
                 task.setting, path = process.setting, Path(folder, "task.pickle")
                 path.write_bytes(pickle.dumps(task))
-                return process.ask("prepare", mode, str(path))
+                with self.patience(process):
+                    return process.ask("prepare", mode, str(path))
 
             if not args.quick:  # compile kernels elsewhere: what the compiler leaves in memory is not the step's
                 with closing(Process("ours", "fastest", args.threads)) as process:
@@ -251,20 +269,22 @@ class Comparison:
         weights = {model: make_task(model, args).weights for model in args.models}
         with ExitStack() as stack:
             entrants = self.start(stack, "layers", lambda process: process.ask("ready"))
-            say(_report.layer_header([row for row, *_ in entrants], self.result))
+            say(_report.layer_header(self.result))
             for shape in _layers.distinct(weights):
                 layer = _layers.make(shape, args.batch, args.threads, args.use)
                 answers = []
                 for _, process, _ in entrants:
                     layer.setting = process.setting
-                    answers.append(process.ask("layer", layer))
+                    with self.patience(process):
+                        answers.append(process.ask("layer", layer))
                 for direction in _layers.directions(shape):
-                    rows = [dict(row, seconds=[]) for row, *_ in entrants]
-                    for row, answer in zip(rows, answers, strict=True):
-                        row["check"] = {"layer": (distance(answer[direction], answers[0][direction]), direction)}
+                    some = [i for i, answer in enumerate(answers) if direction in answer]
+                    able, rows = [entrants[i] for i in some], [dict(entrants[i][0], seconds=[]) for i in some]
+                    for row, i in zip(rows, some, strict=True):
+                        row["check"] = {"layer": (distance(answers[i][direction], answers[0][direction]), direction)}
                     demand_agreement(rows)
-                    trial = min(min(process.ask("layer_turn", direction, 1)) for _, process, _ in entrants)
-                    self.take_turns(rows, entrants, trial, LAYER_TURN, LAYER_PAUSE, "layer_turn", direction)
+                    trial = min(min(process.ask("layer_turn", direction, 1)) for _, process, _ in able)
+                    self.take_turns(rows, able, trial, LAYER_TURN, LAYER_PAUSE, "layer_turn", direction)
                     rows = [_report.with_figures(row) for row in rows]
                     entry = dict(layer=shape.name, direction=direction, flops=shape.flops(args.batch), rows=rows)
                     self.result["layers"].append(entry)
@@ -282,6 +302,16 @@ def without_folder(words):
     """The words of a command line without `--out DIR`, which changes no figure."""
     kept = [word for word in words if not word.startswith("--out=")]
     return [word for before, word in zip(["", *kept], kept, strict=False) if "--out" not in (before, word)]
+
+
+def commit():
+    """The commit of this checkout, with "+" after it where a tracked file differs; None where it is no checkout."""
+    words = ["git", "--no-optional-locks", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        outcome = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return outcome.stdout.strip() or None
 
 
 def make_task(model, args):

@@ -1,10 +1,11 @@
-"""Winograd's convolution, driven: blocks of tiles, weights, the three directions and the rungs; see winograd.py.
+"""Winograd's convolution, driven, forward and to the gradient of the image; see winograd.py for the algorithms.
 
 Each worker takes a block of tiles through all steps, transform, GEMMs, transform back, while its planes stay in cache;
 or, where there are few tiles and many weights, all tiles and a part of the output channels (`by_panels`). Memory
 traffic is the image once in and once out, and the transformed weights once a block; arithmetic falls by the algorithm's
-factor. Forward and the gradient of the image are the same code: at stride 1 on the weights turned by 180 degrees, at
-stride 2 with the algorithm S4X.
+factor. The gradient of the image is the same code, on the weights turned by 180 degrees.
+
+conv2d_winograd_grad_w.py has the gradient of the weights, conv2d_parity.py the rung for stride 2.
 """
 
 from __future__ import annotations
@@ -15,22 +16,19 @@ import numpy as np
 from numba import njit, prange
 
 from . import threads
-from .caches import L3
 from .constant import derived, is_constant
-from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
+from .conv2d import conv2d, conv2d_grad_x
 from .conv2d_few_channels import FEW
 from .dispatch import plain_floats
 from .epilogue import padded_bias
 from .im2col import output_shape
-from .memory import LINE as CACHE_LINE
-from .memory import clear, contiguous, empty, into, past_caches, scratch
+from .memory import LINE, contiguous, empty, past_caches, scratch
 from .pack import swap_channels
 from .simd import distance, lanes, splat
 from .tile import (
     ROWS,
     STEPS,
     VECTORS,
-    load_tile,
     multiply,
     multiply_and_ask,
     panel,
@@ -43,18 +41,9 @@ from .tile import (
 from .winograd import (
     F2,
     F4,
-    S4,
-    S4X,
     TABLE,
     TEMP,
-    S4XEven,
-    add_vectors,
     fetch,
-    fetch_grad,
-    gather_column,
-    gathered_column,
-    gathered_row,
-    grad_to_planes,
     input_to_planes,
     output_column,
     output_row,
@@ -67,7 +56,7 @@ from .winograd import (
 
 
 @njit(cache=True)
-def _pixels_of(table, tile, across, size, step, first, shape, outside):
+def pixels_of(table, tile, across, size, step, first, shape, outside):
     """Offsets of the `size` x `size` pixels of tile (row, column), `step` apart from (first, first); `outside` beyond.
 
     `shape` is (H, W, C) of an image; tiles are numbered through rows, then images, `across` = (rows, columns) of one.
@@ -85,8 +74,7 @@ def _pixels_of(table, tile, across, size, step, first, shape, outside):
 
 BLOCK = 64  # tiles that a worker takes through all steps: the weights' planes are read once for each block
 MOST_TILES = 256  # whose planes all workers keep while each goes through its panels of weights
-MOST_SUMS = 1 << 30  # bytes of the workers' own sums of weights' gradients, on a machine of many cores
-LINE = 16  # a cache line between planes: strides of a power of two would share a few cache sets
+GAP = 16  # a cache line between planes: strides of a power of two would share a few cache sets
 
 
 # ------------------------------------------------------------------ weights
@@ -106,7 +94,7 @@ def _transform_weights_of(algorithm, w, channels, panels, u):
     """Those of some input channels and of some panels; `u` begins with the first of these panels."""
     c, o = w.shape[2], w.shape[3]
     width, n, temp = panel(w), lanes(w), np.empty(TEMP, w.dtype)
-    stride = (panels[1] - panels[0]) * c * width + LINE
+    stride = (panels[1] - panels[0]) * c * width + GAP
     for i in range(channels[0], channels[1]):
         for first in range(panels[0] * width, panels[1] * width, n):
             for column in range(3):
@@ -122,47 +110,16 @@ def _transform_weights_of(algorithm, w, channels, panels, u):
 def _planes_of(algorithm, w):
     """All weights transformed: (1, planes of panels of (C, PANEL))."""
     width = panel_width(w.dtype)
-    u = empty((1, algorithm.planes**2 * (-(-w.shape[3] // width) * w.shape[2] * width + LINE)), w.dtype)
+    u = empty((1, algorithm.planes**2 * (-(-w.shape[3] // width) * w.shape[2] * width + GAP)), w.dtype)
     _transform_weights(algorithm, contiguous(w), u[0])
     return u
-
-
-@njit(parallel=True, cache=True)
-def _gather_weights(algorithm, u, gw):
-    """The sum over workers of the planes u (workers, planes (C, O rounded up)), through G^T, to (3, 3, C, O)."""
-    panels = (gw.shape[3] + panel(gw) - 1) // panel(gw)
-    for i in prange(gw.shape[2]):
-        _gather_weights_of(algorithm, u, gw, (i, i + 1), (0, panels))
-
-
-@njit(cache=True)
-def _gather_weights_of(algorithm, u, gw, channels, panels):
-    """Those of some input channels and of some panels; `u` begins with the first of these panels."""
-    c, o = gw.shape[2], gw.shape[3]
-    n, temp, begin = lanes(gw), np.empty(TEMP, gw.dtype), panels[0] * panel(gw)
-    line = (panels[1] - panels[0]) * panel(gw)
-    stride = c * line + LINE
-    for i in range(channels[0], channels[1]):
-        for first in range(begin, min(o, begin + line), n):
-            at = i * line + first - begin
-            for column in range(algorithm.planes):
-                vectors = gather_column(algorithm, u, at, stride, column)
-                for worker in range(1, u.shape[0]):
-                    more = gather_column(algorithm, u, worker * u.shape[1] + at, stride, column)
-                    vectors = add_vectors(vectors, more)
-                gathered_column(algorithm, vectors, column, temp)
-            for row in range(3):
-                if first + n <= o:
-                    gathered_row(algorithm, temp, row, gw, i * o + first, c * o)
-                else:
-                    gathered_row(algorithm, temp, row, gw, i * o + first, c * o, o - first)
 
 
 # ------------------------------------------------------------------ forward, and the gradient of the image
 
 
 @njit(cache=True)
-def _input_planes(algorithm, x, first, across, tiles, v, place, zeros):
+def input_planes(algorithm, x, first, across, tiles, v, place, zeros):
     """Tiles tiles[0] to tiles[1] of x, transformed, into the planes v, as their tile number `place` and those after it.
 
     `zeros` is where x has zeros, for pixels outside of an image.
@@ -171,11 +128,11 @@ def _input_planes(algorithm, x, first, across, tiles, v, place, zeros):
     depth = (c + n - 1) // n * n  # channels of the planes, whole vectors
     temp, table, coming = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
     image = (x.shape[1], x.shape[2], x.shape[3])
-    _pixels_of(coming, tiles[0], across, algorithm.inputs, algorithm.advance, first, image, zeros)
+    pixels_of(coming, tiles[0], across, algorithm.inputs, algorithm.advance, first, image, zeros)
     for t in range(tiles[1] - tiles[0]):
         table, coming = coming, table
         following = min(tiles[0] + t + 1, tiles[1] - 1)
-        _pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros)
+        pixels_of(coming, following, across, algorithm.inputs, algorithm.advance, first, image, zeros)
         for i in range(0, c, n):
             fetch(algorithm, x, coming, i)
             input_to_planes(algorithm, x, table, i, c - i, temp, v, (place + t) * depth + i, stride)
@@ -200,7 +157,7 @@ def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, 
         if by_panels:
             begin, end = part(worker, workers, tiles)
             zeros = distance(x, work[worker])
-            _input_planes(algorithm, x, first, (rows, columns), (begin, end), v[0], begin, zeros)
+            input_planes(algorithm, x, first, (rows, columns), (begin, end), v[0], begin, zeros)
     # Numba makes one loop of two only where no iteration needs what another one has written. Here all need v.
     for worker in prange(workers):
         _forward_share(
@@ -223,9 +180,9 @@ def _forward_share(
     # work: zeros for pixels outside, a page that takes what is written outside, the planes of the output
     page = (max(c, o) + width - 1) // width * width
     zeros, sink, blank = distance(x, work), distance(y, work) + page, distance(residual, work)
-    m, v_stride, m_stride = 2 * page, v.shape[1], block * width + LINE
+    m, v_stride, m_stride = 2 * page, v.shape[1], block * width + GAP
     u_panel = c * width
-    u_stride = (1 if own else (o + width - 1) // width) * u_panel + LINE
+    u_stride = (1 if own else (o + width - 1) // width) * u_panel + GAP
     temp, table, others = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
     low = splat(floor, x)
     out = (y.shape[1], y.shape[2], y.shape[3])
@@ -235,7 +192,7 @@ def _forward_share(
         halves = (count + ROWS - 1) // ROWS
         lines = STEPS * VECTORS // halves
         if not by_panels:
-            _input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros)
+            input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros)
         for p in range(panels[0], panels[1]):
             if own:
                 _transform_weights_of(algorithm, w, (0, c), (p, p + 1), u)
@@ -250,9 +207,9 @@ def _forward_share(
                         tile = multiply(zero_tile(x), v, a, offsets, 1, u, at, width, c)
                     store_tile(work, m + plane * m_stride + t * width, row_offsets(count - t, width), tile)
             for t in range(count):
-                _pixels_of(table, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, sink)
+                pixels_of(table, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, sink)
                 if has_residual:
-                    _pixels_of(others, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, blank)
+                    pixels_of(others, begin + t, across, algorithm.outputs, algorithm.outputs, (0, 0), out, blank)
                 for i in range(p * width, min(o, p * width + width), n):
                     at = m + t * width + i - p * width
                     for column in range(algorithm.planes):
@@ -274,7 +231,7 @@ def _forward_share(
                             output_row(algorithm, temp, row, bias, i, low, y, table, i, o - i)
 
 
-def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
+def run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     """`y` = the algorithm applied to `x` and `w`; `first` is the input pixel where the first tile begins."""
     o = y.shape[3]
     if not y.size:
@@ -293,268 +250,101 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     by_panels = own or (panels >= workers and tiles < workers * ROWS)
     block = -(-(tiles if by_panels else min(tiles, BLOCK)) // ROWS) * ROWS
     if own:
-        u = empty((workers, square * (w.shape[2] * width + LINE)), y.dtype)
+        u = empty((workers, square * (w.shape[2] * width + GAP)), y.dtype)
     else:
         u = derived(w, type(algorithm), lambda: _planes_of(algorithm, w))
     w = contiguous(w)
     page = -(-max(x.shape[3], o) // width) * width
-    v, work = _room(
-        (1 if by_panels else workers, square, block * depth + LINE),
-        (workers, 2 * page + square * (block * width + LINE)),
+    v, work = room(
+        (1 if by_panels else workers, square, block * depth + GAP),
+        (workers, 2 * page + square * (block * width + GAP)),
         y.dtype,
     )
     floor = y.dtype.type(0 if relu else -np.inf)
     plus = y if residual is None else contiguous(residual)
-    past = past_caches(y) and o % lane == 0 and lane * y.itemsize == CACHE_LINE  # no half lines
+    past = past_caches(y) and o % lane == 0 and lane * y.itemsize == LINE  # no half lines
     _forward(
         algorithm, x, w, u, y, padded, floor, plus, residual is not None, first, block, by_panels, own, past, v, work
     )
     return y
 
 
-def _room(of_v, of_work, dtype):
+def room(of_v, of_work, dtype):
     """Scratch memory for the planes v and for the workers."""
     size = math.prod(of_v)
     memory = scratch((size + math.prod(of_work),), dtype)
     return memory[:size].reshape(of_v), memory[size:].reshape(of_work)
 
 
-# ------------------------------------------------------------------ the gradient of the weights
-
-
-@njit(parallel=True, cache=True)
-def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, v, work):
-    """Each worker sums over its share of the tiles, into planes of its own, or over all tiles for its panels.
-
-    `u` holds the planes of all weights, for each worker or for all, or, with `own`, those of a panel for each worker,
-    which are gathered into `gw` at once.
-    """
-    workers = work.shape[0]
-    rows = (gy.shape[1] + algorithm.outputs - 1) // algorithm.outputs
-    columns = (gy.shape[2] + algorithm.outputs - 1) // algorithm.outputs
-    tiles = gy.shape[0] * rows * columns
-    panels = (gy.shape[3] + panel(gy) - 1) // panel(gy)
-    for worker in prange(workers):
-        for i in range(max(x.shape[3], gy.shape[3]) + lanes(x)):
-            work[worker, i] = 0
-    if not by_panels:
-        for worker in prange(workers):
-            _grad_w_share(
-                algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), part(worker, workers, tiles),
-                0, (0, panels), block, False, own, v[worker], work[worker],
-            )  # fmt: skip
-        return
-    for begin in range(0, tiles, block):
-        end = min(tiles, begin + block)
-        for worker in prange(workers):
-            left, right = part(worker, workers, end - begin)
-            zeros = distance(x, work[worker])
-            _input_planes(algorithm, x, first, (rows, columns), (begin + left, begin + right), v[0], left, zeros)
-        for worker in prange(workers):
-            _grad_w_share(
-                algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), (begin, end), begin,
-                part(worker, workers, panels), block, True, own, v[0], work[worker],
-            )  # fmt: skip
-
-
-@njit(cache=True)
-def _grad_w_share(
-    algorithm, x, gy, planes_of_u, gw, first, across, share, done, panels, block, by_panels, own, v, work
-):
-    """`done` tiles have been summed before."""
-    c, o = x.shape[3], gy.shape[3]
-    n, width = lanes(x), panel(x)
-    depth = (c + n - 1) // n * n
-    square = algorithm.planes * algorithm.planes
-    zeros_x, zeros_gy = distance(x, work), distance(gy, work)
-    v_stride, d_panel = v.shape[1], block * width
-    d = (max(c, o) + width - 1) // width * width + width  # behind a page of zeros
-    d_stride = (panels[1] - panels[0]) * d_panel + LINE
-    line, u = width if own else (o + width - 1) // width * width, planes_of_u[0]
-    u_stride = c * line + LINE
-    temp, table, coming = np.empty(TEMP, x.dtype), np.empty(TABLE, np.int64), np.empty(TABLE, np.int64)
-    out = (gy.shape[1], gy.shape[2], gy.shape[3])
-    for begin in range(share[0], share[1], block):
-        count = min(block, share[1] - begin)
-        if not by_panels:
-            _input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros_x)
-        _pixels_of(coming, begin, across, algorithm.outputs, algorithm.outputs, (0, 0), out, zeros_gy)
-        for t in range(count):
-            table, coming = coming, table
-            following = begin + min(t + 1, count - 1)
-            _pixels_of(coming, following, across, algorithm.outputs, algorithm.outputs, (0, 0), out, zeros_gy)
-            for i in range(panels[0] * width, panels[1] * width, n):
-                to = d + (i // width - panels[0]) * d_panel + t * width + i % width
-                if i < o:
-                    fetch_grad(algorithm, gy, coming, i)
-                grad_to_planes(algorithm, gy, table, min(i, o), max(0, o - i), temp, work, to, d_stride)
-        for p in range(panels[0], panels[1]):
-            for plane in range(square):
-                for row in range(0, c, ROWS):
-                    to = plane * u_stride + row * line + (0 if own else p * width)
-                    offsets = row_offsets(c - row, line)  # rows beyond c multiply what lies there, and are overwritten
-                    tile = load_tile(u, to, offsets) if done > 0 else zero_tile(x)
-                    tile = multiply(
-                        tile, v, plane * v_stride + row, row_offsets(ROWS, 1), depth,
-                        work, d + plane * d_stride + (p - panels[0]) * d_panel, width, count,
-                    )  # fmt: skip
-                    store_tile(u, to, offsets, tile)
-            if own:
-                _gather_weights_of(algorithm, planes_of_u, gw, (0, c), (p, p + 1))
-        done += count
-
-
-def _run_grad_w(algorithm, gy, x, w_shape, first, out):
-    gw = into(out, w_shape, gy.dtype)
-    c, o = w_shape[2:]
-    width = panel_width(gy.dtype)
-    panels, square = -(-o // width), algorithm.planes**2
-    tiles = gy.shape[0] * -(-gy.shape[1] // algorithm.outputs) * -(-gy.shape[2] // algorithm.outputs)
-    if not gw.size or not tiles or not x.size:
-        clear(gw)
-        return gw
-    workers = min(threads.count(), tiles)
-    planes_of_u = square * (c * panels * width + LINE)
-    # As in _run: few tiles and many weights. Else workers sum for themselves, unless these sums would fill the cache.
-    own = panels >= workers and tiles <= min(MOST_TILES, o)
-    by_panels = own or (workers * planes_of_u * gy.itemsize > L3 // 2 and panels >= workers)
-    if not by_panels:
-        workers = max(1, min(workers, MOST_SUMS // (planes_of_u * gy.itemsize)))
-    lane = width // VECTORS
-    depth = -(-c // lane) * lane
-    mine = -(-panels // workers) * width if by_panels else panels * width
-    block = -(-min(tiles, MOST_TILES if by_panels else BLOCK) // ROWS) * ROWS
-    if own:
-        u = empty((workers, square * (c * width + LINE)), gy.dtype)
-    else:
-        u = empty((1 if by_panels else workers, planes_of_u), gy.dtype)
-    page = -(-max(c, o) // width) * width + width
-    v, work = _room(
-        (1 if by_panels else workers, square, block * depth + LINE),
-        (workers, page + square * (block * mine + LINE)),
-        gy.dtype,
-    )
-    _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, v, work)
-    if not own:
-        _gather_weights(algorithm, u, gw)
-    return gw
-
-
 # ------------------------------------------------------------------ the variants
 
 
-ONE, BOTH = ((1, 1),), ((1, 1), (2, 2))  # strides
+def is_3x3(steps, kernel, stride, padding, dilation, groups):
+    """Whether the geometry is that of a 3x3 kernel at stride `steps`, undilated, in one group."""
+    return tuple(kernel) == (3, 3) and tuple(stride) == steps and tuple(dilation) == (1, 1) and groups == 1
 
 
-def _is_3x3(kernel, stride, padding, dilation, groups, strides=ONE):
-    return tuple(kernel) == (3, 3) and tuple(stride) in strides and tuple(dilation) == (1, 1) and groups == 1
+def pays(enough, images, size, channels):
+    """The fixed rule of "fastest": `enough` tiles of 4x4 outputs; `size` is (OH, OW). Few channels fill no vector.
+
+    Weights that are not constant are transformed at every call. With few tiles that, and reading 36 or 81 planes of
+    them instead of 9, costs more than the multiplications saved.
+    """
+    return channels > FEW and images * -(-size[0] // 4) * -(-size[1] // 4) >= enough
 
 
-def _forward_variant(algorithm, x, w, padding, stride, epilogue):
+def forward(algorithm, x, w, stride, padding, epilogue):
+    """A variant of conv2d: the algorithm for 3x3 kernels at `stride`."""
     y = empty((*output_shape(x.shape, (3, 3), stride, padding, (1, 1)), w.shape[3]), x.dtype)
-    return _run(algorithm, contiguous(x), w, y, (-padding[0], -padding[1]), **epilogue)
+    return run(algorithm, contiguous(x), w, y, (-padding[0], -padding[1]), **epilogue)
 
 
-def _grad_x_variant(algorithm, gy, w, x_shape, padding, residual):
-    """Stride 1: the convolution of gy, padded by 2 - padding, with the weights turned."""
-    first = (padding[0] - 2, padding[1] - 2)
-    return _run(
-        algorithm, contiguous(gy), swap_channels(w, turn=True), empty(x_shape, gy.dtype), first, residual=residual
-    )
+def _grad_x(algorithm, gy, w, x_shape, padding, residual):
+    """The convolution of gy, padded by 2 - padding, with the weights turned."""
+    turned, first = swap_channels(w, turn=True), (padding[0] - 2, padding[1] - 2)
+    return run(algorithm, contiguous(gy), turned, empty(x_shape, gy.dtype), first, residual=residual)
 
 
-def _grad_x_by_parity(gy, w, x_shape, padding, residual):
-    """Stride 2: pixels x[2i + padding - k] meet tap k of gy[i]."""
-    odd = padding[0] % 2 == 1
-    first = tuple((p - 1) // 2 if odd else p // 2 - 1 for p in padding)
-    algorithm = S4X() if odd else S4XEven()
-    return _run(algorithm, contiguous(gy), swap_channels(w), empty(x_shape, gy.dtype), first, residual=residual)
+ONE = (1, 1)  # stride
+ENOUGH = 8  # tiles; measured with one image
 
 
-def _same_parity(padding):
-    return padding[0] % 2 == padding[1] % 2
+def _able(x, w, *geometry, **epilogue):
+    return is_3x3(ONE, w.shape[:2], *geometry) and plain_floats(x, w, **epilogue)
 
 
-# Weights that are not constant are transformed at every call; with few tiles that, and reading 36 or 81 planes of them
-# instead of 9, costs more than the multiplications saved (at batch 1: break-even near 8 tiles at stride 1, 32 at 2).
-ENOUGH_TILES = {1: 8, 2: 32}
-
-
-def _pays(images, size, stride, channels):
-    """The fixed rule of "fastest": enough tiles of 4x4 outputs; `size` is (OH, OW). Few channels fill no vector."""
-    return channels > FEW and images * -(-size[0] // 4) * -(-size[1] // 4) >= ENOUGH_TILES[stride]
+def _able_grad_x(gy, w, x_shape, *geometry, **residual):
+    return is_3x3(ONE, w.shape[:2], *geometry) and plain_floats(gy, w, **residual)
 
 
 def _forward_pays(x, w, stride, padding, dilation, groups, **epilogue):
     images, *size = output_shape(x.shape, w.shape[:2], stride, padding, dilation)
-    return _pays(images, size, stride[0], w.shape[2])
+    return pays(ENOUGH, images, size, w.shape[2])
 
 
-def _grad_x_pays(gy, w, x_shape, stride, *rest, **epilogue):
-    return _pays(gy.shape[0], gy.shape[1:3], stride[0], gy.shape[3])
+def _grad_x_pays(gy, w, *rest, **residual):
+    return pays(ENOUGH, gy.shape[0], gy.shape[1:3], gy.shape[3])
 
 
-def _grad_w_pays(gy, x, w_shape, stride, *rest, **out):
-    return _pays(gy.shape[0], gy.shape[1:3], stride[0], x.shape[3])
-
-
-@conv2d.variant(
-    "winograd2", supports=lambda x, w, *g, **e: _is_3x3(w.shape[:2], *g) and plain_floats(x, w, **e), auto=False
-)
+@conv2d.variant("winograd2", supports=_able, auto=False)
 def conv2d_winograd2(x, w, stride, padding, dilation, groups, **epilogue):
     """F(2x2, 3x3): 4 multiplications an output instead of 9, as precise as direct convolution"""
-    return _forward_variant(F2(), x, w, padding, stride, epilogue)
+    return forward(F2(), x, w, stride, padding, epilogue)
 
 
-@conv2d.variant(
-    "winograd4",
-    supports=lambda x, w, s, p, d, g, **e: _is_3x3(w.shape[:2], s, p, d, g, BOTH) and plain_floats(x, w, **e),
-    auto=_forward_pays,
-)
+@conv2d.variant("winograd4", supports=_able, auto=_forward_pays)
 def conv2d_winograd4(x, w, stride, padding, dilation, groups, **epilogue):
-    """F(4x4, 3x3): 2.25 multiplications an output instead of 9; at stride 2, by parity, 5.06"""
-    return _forward_variant(F4() if stride[0] == 1 else S4(), x, w, padding, stride, epilogue)
+    """F(4x4, 3x3): 2.25 multiplications an output instead of 9"""
+    return forward(F4(), x, w, stride, padding, epilogue)
 
 
-@conv2d_grad_x.variant(
-    "winograd2", supports=lambda gy, w, s, *g, **e: _is_3x3(w.shape[:2], *g) and plain_floats(gy, w, **e), auto=False
-)
+@conv2d_grad_x.variant("winograd2", supports=_able_grad_x, auto=False)
 def conv2d_grad_x_winograd2(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
     """F(2x2, 3x3) with the weights turned"""
-    return _grad_x_variant(F2(), gy, w, x_shape, padding, residual)
+    return _grad_x(F2(), gy, w, x_shape, padding, residual)
 
 
-@conv2d_grad_x.variant(
-    "winograd4",
-    supports=lambda gy, w, shape, s, p, d, g, **e: (
-        _is_3x3(w.shape[:2], s, p, d, g, BOTH) and (s[0] == 1 or _same_parity(p)) and plain_floats(gy, w, **e)
-    ),
-    auto=_grad_x_pays,
-)
+@conv2d_grad_x.variant("winograd4", supports=_able_grad_x, auto=_grad_x_pays)
 def conv2d_grad_x_winograd4(gy, w, x_shape, stride, padding, dilation, groups, *, residual=None):
-    """F(4x4, 3x3) with the weights turned; at stride 2, even and odd pixels each by their taps"""
-    if stride[0] == 2:
-        return _grad_x_by_parity(gy, w, x_shape, padding, residual)
-    return _grad_x_variant(F4(), gy, w, x_shape, padding, residual)
-
-
-@conv2d_grad_w.variant(
-    "winograd2", supports=lambda gy, x, *g, **out: _is_3x3(g[0][:2], *g[1:]) and plain_floats(gy, x, **out), auto=False
-)
-def conv2d_grad_w_winograd2(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
-    """F(2x2, 3x3) read backwards"""
-    gy, x = contiguous(gy), contiguous(x)
-    return _run_grad_w(F2(), gy, x, w_shape, (-padding[0], -padding[1]), out)
-
-
-@conv2d_grad_w.variant(
-    "winograd4",
-    supports=lambda gy, x, shape, s, p, d, g, **out: (
-        _is_3x3(shape[:2], s, p, d, g, BOTH) and plain_floats(gy, x, **out)
-    ),
-    auto=_grad_w_pays,
-)
-def conv2d_grad_w_winograd4(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
-    """F(4x4, 3x3) read backwards; at stride 2, by parity"""
-    gy, x = contiguous(gy), contiguous(x)
-    return _run_grad_w(F4() if stride[0] == 1 else S4(), gy, x, w_shape, (-padding[0], -padding[1]), out)
+    """F(4x4, 3x3) with the weights turned"""
+    return _grad_x(F4(), gy, w, x_shape, padding, residual)

@@ -18,7 +18,8 @@ The gradient of the image is the same again: at stride 1, a convolution of gy wi
 stride 2, its even and odd pixels are convolutions of gy with one and with two taps (S4X). The gradient of the weights
 multiplies the planes of x with those of gy, and G^T takes the sum back to 3x3.
 
-This file has the algorithms and their transforms; conv2d_winograd.py drives them.
+This file has the algorithms and their transforms; conv2d_winograd.py, conv2d_winograd_grad_w.py and conv2d_parity.py
+drive them.
 
 Rounding: the transforms add and subtract numbers of different size. Largest error over largest value, against float64:
 direct 1e-6, F2 up to 1e-6, F4 up to 2e-5.

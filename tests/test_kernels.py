@@ -22,13 +22,29 @@ OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.start
 VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.name != "reference"]
 
 
-def _arrays(value):
+def arrays_in(value):
     """The arrays in nested lists, tuples and dicts, in order."""
     if isinstance(value, np.ndarray | np.generic | float):
         return [np.asarray(value)]
     if isinstance(value, dict):
         value = list(value.values())
-    return [a for v in value for a in _arrays(v)] if isinstance(value, list | tuple) else []
+    return [a for v in value for a in arrays_in(v)] if isinstance(value, list | tuple) else []
+
+
+def assert_equals_reference(primitive, variant, args, kwargs):
+    """Results, and what became of the arguments, are the reference's within rounding."""
+    variants = OURS[primitive].variants
+    args_reference, kwargs_reference = copy.deepcopy((args, kwargs))
+    expected = variants["reference"].body(*args_reference, **kwargs_reference)
+    got = variants[variant].body(*args, **kwargs)
+    mine, theirs = arrays_in([got, args, kwargs]), arrays_in([expected, args_reference, kwargs_reference])
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        tolerance = 0 if a.dtype.kind in "iub" else 2e-5 if a.dtype == np.float32 else 1e-12
+        scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if a.dtype.kind == "f" else 1
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
@@ -45,17 +61,7 @@ def test_variant_equals_reference(primitive, variant, dtype):
     for args, kwargs in CASES[primitive](rng, dtype):
         if p.variants[variant] not in p.candidates(*args, **kwargs):
             continue
-        args_reference, kwargs_reference = copy.deepcopy((args, kwargs))
-        expected = p.variants["reference"].body(*args_reference, **kwargs_reference)
-        got = p.variants[variant].body(*args, **kwargs)
-        mine, theirs = _arrays([got, args, kwargs]), _arrays([expected, args_reference, kwargs_reference])
-        assert len(mine) == len(theirs)
-        for a, b in zip(mine, theirs, strict=True):
-            assert a.shape == b.shape
-            assert a.dtype == b.dtype
-            tolerance = 0 if a.dtype.kind in "iub" else 2e-5 if a.dtype == np.float32 else 1e-12
-            scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if a.dtype.kind == "f" else 1
-            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
+        assert_equals_reference(primitive, variant, args, kwargs)
         compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 

@@ -11,8 +11,9 @@ What such a file defines:
     training(task) -> step, gradients      step() trains on the batch and returns the loss, a float, when all is done;
                                            gradients() returns the loss and {name: gradient}, and changes no weight
     inference(task) -> infer               infer() returns the logits, an array (N, classes)
-    LAYERS, convolution(layer)             optional: settings, and {"forward": f, "grad_x": f, "grad_w": f}, each
-                                           f() -> array
+    LAYERS, convolution(layer)             optional: settings, and {"forward": f, "grad_x": f, "grad_w": f}, or some
+                                           of them; f() computes one, waits for it, and returns what
+                                           numpy.asarray() takes
 
 Images, weights and gradients cross this border in nanocnn's layouts: (N, H, W, C), (KH, KW, C, O), (in, out). The
 framework is imported inside these functions, because the parent reads the files too and runs none of the frameworks.

@@ -59,9 +59,11 @@ class Worker:
         return losses, first
 
     def layer(self, layer):
-        """Build one convolution: the results of its directions."""
+        """Build one convolution: the results of its directions, or of those that this peer can do."""
+        import numpy as np  # here: nanocnn is imported before it
+
         self.directions = self.peer.convolution(layer)
-        return {name: run() for name, run in self.directions.items()}
+        return {name: np.asarray(run()) for name, run in self.directions.items()}
 
     def layer_turn(self, direction: str, steps: int) -> list[float]:
         """Seconds of each of so many calls."""

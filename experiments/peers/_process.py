@@ -17,7 +17,8 @@ ENVIRONMENT = dict(os.environ)  # as the user has it: nanocnn, when it is import
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 # What a user has exported for one of them would slow another: each starts from its own defaults.
 OTHERS = re.compile(r"(OMP|GOMP|KMP|MKL|OPENBLAS|NUMBA|NANOCNN|TF|XLA|ORT|TORCH|DNNL|ONEDNN)_")
-KEPT = re.compile(r"NUMBA_(CPU_|CACHE_DIR)")  # the processor that we were told to compile for
+# What all of them were told of the processor: to compile for, or to keep to.
+KEPT = re.compile(r"NUMBA_(CPU_|CACHE_DIR)|(ONEDNN|DNNL)_MAX_CPU_ISA|MKL_ENABLE_INSTRUCTIONS")
 
 
 class PeerFailed(RuntimeError):

@@ -9,6 +9,7 @@ from typing import Any
 MODELS = {"alexnet": "AlexNet", "resnet18": "ResNet-18"}
 MODES = {"train": "training", "infer": "inference"}
 DIRECTIONS = ("forward", "grad_x", "grad_w")
+LAYER = 39  # characters of a layer's name and direction
 OURS, THEIRS = "#d1495b", "#8d99ae"
 
 Row = dict[str, Any]
@@ -19,10 +20,10 @@ def with_figures(row: Row) -> Row:
     return {**row, "median": statistics.median(row["seconds"]), "minimum": min(row["seconds"])}
 
 
-def best(rows: list[Row], *peers: str) -> Row | None:
-    """The row with the smallest median, of some peers or of all but ours."""
+def best(rows: list[Row], *peers: str, figure: str = "median") -> Row | None:
+    """The row with the smallest median, or minimum, of some peers or of all but ours."""
     others = [row for row in rows if (row["peer"] in peers if peers else row["peer"] != "ours")]
-    return min(others, key=lambda row: row["median"], default=None)
+    return min(others, key=lambda row: row[figure], default=None)
 
 
 def label(row: Row, result: dict) -> str:
@@ -61,20 +62,28 @@ def network_table(entry: dict, result: dict) -> str:
     return "\n".join(lines)
 
 
-def layer_header(rows: list[Row], result: dict) -> str:
-    """The columns of layer_line()."""
-    names = "".join(f"{label(row, result):>28}" for row in rows)
-    return f"\nmedian ms and GFLOP/s\n{'':42}{names}    ours / best: median"
+def layer_header(result: dict) -> str:
+    """The columns of layer_line(): each framework in its best setting, then ours over the best of the others."""
+    names = "".join(f"{peer['title']:>{_column(peer)}}" for peer in result["peers"].values())
+    what = "median ms, in the best setting"
+    return f"\n{what:{LAYER + len(names)}}  ours / the best\n{'':{LAYER}}{names}  median  minimum"
 
 
 def layer_line(entry: dict, result: dict) -> str:
     """One layer in one direction."""
-    cells = "".join(
-        f"{row['median'] * 1e3:18.2f} {entry['flops'] / row['median'] / 1e9:9,.0f}" for row in entry["rows"]
-    )
-    other = best(entry["rows"])
-    ratio = f"{entry['rows'][0]['median'] / other['median']:13.2f}" if other else ""
-    return f"{entry['layer']:34}{entry['direction']:8}{cells}{ratio}"
+    line = f"{entry['layer']:31}{entry['direction']:8}"
+    for name, peer in result["peers"].items():
+        row = best(entry["rows"], name)
+        line += f"{row['median'] * 1e3:{_column(peer)}.2f}" if row else " " * _column(peer)
+    for figure, width in (("median", 8), ("minimum", 9)):
+        ours, other = best(entry["rows"], "ours", figure=figure), best(entry["rows"], figure=figure)
+        line += f"{ours[figure] / other[figure]:{width}.2f}" if ours and other else ""
+    return line
+
+
+def _column(peer: dict) -> int:
+    """The width of a framework's column."""
+    return max(7, len(peer["title"])) + 2
 
 
 def picture(result: dict) -> bytes:

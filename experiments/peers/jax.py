@@ -6,10 +6,20 @@ TITLE = "JAX"
 NEEDS = ("jax",)
 TRAIN = {"jit": "XLA, NHWC, donated arguments, random bits by XLA's own generator"}
 INFER = {"jit": "XLA, NHWC, weights as constants"}
+LAYERS = {"jit": "XLA, NHWC, each direction a function of its own"}
 
 
 def environment(setting, threads):
     return {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+
+
+def convolved(x, w, stride):
+    """The convolution, its padding half the kernel."""
+    from jax import lax
+
+    side = (w.shape[0] // 2,) * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, w, (stride, stride), (side, side), dimension_numbers=layout)
 
 
 class Ops:
@@ -20,13 +30,7 @@ class Ops:
         self.training = key is not None
 
     def conv(self, x, name, stride=1):
-        from jax import lax
-
-        w = self.weights[f"{name}.weight"]
-        side = (w.shape[0] // 2,) * 2
-        layout = ("NHWC", "HWIO", "NHWC")
-        y = lax.conv_general_dilated(x, w, (stride, stride), (side, side), dimension_numbers=layout)
-        return y + self.weights.get(f"{name}.bias", 0)
+        return convolved(x, self.weights[f"{name}.weight"], stride) + self.weights.get(f"{name}.bias", 0)
 
     def norm(self, x, name):
         from jax import lax
@@ -116,3 +120,28 @@ def inference(task):
     weights = {name: jax.numpy.asarray(array) for name, array in task.weights.items()}
     run = jax.jit(lambda x: _networks.NETWORKS[task.model](Ops(weights), x))
     return lambda: jax.device_get(run(x))
+
+
+def convolution(layer):
+    import jax
+
+    x, w, gy = (jax.numpy.asarray(array) for array in (layer.x, layer.w, layer.gy))
+    stride = layer.stride[0]
+
+    @jax.jit
+    def forward(x, w):
+        return convolved(x, w, stride)
+
+    @jax.jit
+    def grad_x(gy, w):  # linear in x: its gradient needs no x
+        return jax.linear_transpose(lambda x: convolved(x, w, stride), x)(gy)[0]
+
+    @jax.jit
+    def grad_w(gy, x):
+        return jax.linear_transpose(lambda w: convolved(x, w, stride), w)(gy)[0]
+
+    return {
+        "forward": lambda: jax.block_until_ready(forward(x, w)),
+        "grad_x": lambda: jax.block_until_ready(grad_x(gy, w)),
+        "grad_w": lambda: jax.block_until_ready(grad_w(gy, x)),
+    }

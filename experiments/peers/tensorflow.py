@@ -6,10 +6,19 @@ TITLE = "TensorFlow"
 NEEDS = ("tensorflow",)
 TRAIN = {"tf.function": "oneDNN, NHWC, the update by ResourceApplyMomentum"}
 INFER = {"tf.function": "oneDNN, NHWC, weights as constants, so that Grappler folds and fuses"}
+LAYERS = {"tf.function": "oneDNN, NHWC, each direction a function of its own"}
 
 
 def environment(setting, threads):
     return {"TF_ENABLE_ONEDNN_OPTS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "OMP_NUM_THREADS": str(threads)}
+
+
+def convolved(tf, x, w, stride):
+    """The convolution, its padding half the kernel."""
+    side = [w.shape[0] // 2] * 2
+    if stride > 1 and w.shape[0] > 1:  # here "SAME" pads one side only; explicit padding has a slow gradient
+        return tf.nn.conv2d(tf.pad(x, [[0, 0], side, side, [0, 0]]), w, stride, "VALID")
+    return tf.nn.conv2d(x, w, stride, "SAME")
 
 
 class Ops:
@@ -19,12 +28,7 @@ class Ops:
         self.tf, self.weights, self.rate, self.training = tf, weights, dropout, training
 
     def conv(self, x, name, stride=1):
-        w = self.weights[f"{name}.weight"]
-        side = [w.shape[0] // 2] * 2
-        if stride > 1 and w.shape[0] > 1:  # here "SAME" pads one side only; explicit padding has a slow gradient
-            y = self.tf.nn.conv2d(self.tf.pad(x, [[0, 0], side, side, [0, 0]]), w, stride, "VALID")
-        else:
-            y = self.tf.nn.conv2d(x, w, stride, "SAME")
+        y = convolved(self.tf, x, self.weights[f"{name}.weight"], stride)
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else self.tf.nn.bias_add(y, bias)
 
@@ -64,12 +68,18 @@ class Ops:
         return self.tf.nn.dropout(x, self.rate) if self.training and self.rate else x
 
 
-def prepared(task):
+def with_threads(threads):
+    """TensorFlow, told how many threads to take."""
     import tensorflow as tf
 
-    if tf.config.threading.get_intra_op_parallelism_threads() != task.threads:  # only before the first operation
-        tf.config.threading.set_intra_op_parallelism_threads(task.threads)
+    if tf.config.threading.get_intra_op_parallelism_threads() != threads:  # only before the first operation
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
+    return tf
+
+
+def prepared(task):
+    tf = with_threads(task.threads)
     return tf, tf.constant(task.images)
 
 
@@ -117,3 +127,33 @@ def inference(task):
         return _networks.NETWORKS[task.model](ops, x)
 
     return lambda: run(x).numpy()
+
+
+def convolution(layer):
+    tf = with_threads(layer.threads)
+    x, w, gy = (tf.constant(array) for array in (layer.x, layer.w, layer.gy))
+
+    def gradient(x, w, gy, *, of_x):  # Grappler leaves out the forward pass: nobody asks for its result
+        with tf.GradientTape() as tape:
+            wanted = x if of_x else w
+            tape.watch(wanted)
+            y = convolved(tf, x, w, layer.stride[0])
+        return tape.gradient(y, wanted, gy)
+
+    @tf.function
+    def forward(x, w):
+        return convolved(tf, x, w, layer.stride[0])
+
+    @tf.function
+    def grad_x(x, w, gy):
+        return gradient(x, w, gy, of_x=True)
+
+    @tf.function
+    def grad_w(x, w, gy):
+        return gradient(x, w, gy, of_x=False)
+
+    return {
+        "forward": lambda: forward(x, w),
+        "grad_x": lambda: grad_x(x, w, gy),
+        "grad_w": lambda: grad_w(x, w, gy),
+    }
