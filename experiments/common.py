@@ -288,7 +288,7 @@ class _Impatience:
             self.helper.kill()  # what is left is not needed; a file is written whole or not at all
 
     def _act(self) -> None:
-        say("compiling kernels, once (up to a minute)")
+        say("compiling kernels, once (about a minute, more on busy cores)")
         if threads.cores() > 1 and "tuned" not in choices_in_force().values():
             spawn = multiprocessing.get_context("spawn")  # a forked child cannot run OpenMP
             self.helper = spawn.Process(target=_help, args=(*self.work, choices_in_force()), daemon=True)

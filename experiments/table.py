@@ -103,16 +103,16 @@ def pytorch(runs):
         column = _threads(run["threads"]) + (f", {run['folder']}" if run["folder"] else "")
         for entry in run["networks"]:
             other = _report.best(entry["rows"], "pytorch")
-            row = cells.setdefault((entry["model"], entry["mode"], run["batch"]), {})
+            if not other:
+                continue
+            what = f"{_report.MODELS[entry['model']]}, {_report.MODES[entry['mode']]}, batch {run['batch']}"
+            row = cells.setdefault(what, {})
             if column in row:
-                raise TableError(f"two result files measured {entry['model']}, {entry['mode']}, {column}: keep one")
+                raise TableError(f"two result files measured {what}, {column}: keep one of them")
             row[column] = _ratio(_report.best(entry["rows"], "ours"), other)
             columns[column] = None
     header = ["nanocnn / PyTorch, median", *columns]
-    lines = [
-        [f"{_report.MODELS[model]}, {_report.MODES[mode]}, batch {batch}", *(row.get(column, "") for column in columns)]
-        for (model, mode, batch), row in cells.items()
-    ]
+    lines = [[what, *(row.get(column, "") for column in columns)] for what, row in cells.items()]
     return _markdown(header, lines)
 
 

@@ -182,7 +182,7 @@ def run_grad_w(algorithm, gy, x, w_shape, padding, out):
         return gw
     workers = min(threads.count(), tiles)
     planes_of_u = square * (c * panels * width + GAP)
-    # As in conv2d_winograd.run: few tiles and many weights. Else workers sum for themselves, unless these sums would fill the cache.
+    # As in conv2d_winograd.run: few tiles, many weights. Else workers sum for themselves, unless that fills the cache.
     own = panels >= workers and tiles <= min(MOST_TILES, o)
     by_panels = own or (workers * planes_of_u * gy.itemsize > L3 // 2 and panels >= workers)
     if not by_panels:

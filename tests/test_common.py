@@ -32,4 +32,4 @@ def test_the_process_that_helps_to_compile(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(PROGRAM.format(experiments=str(ROOT / "experiments")))
     lines = alone(script).output.splitlines()
-    assert lines == ["compiling kernels, once (up to a minute)", "exit code 0", "unchanged True"]
+    assert lines == ["compiling kernels, once (about a minute, more on busy cores)", "exit code 0", "unchanged True"]

@@ -1,4 +1,4 @@
-"""The vector type: every operation in both precisions against NumPy, on this machine and on narrower ones."""
+"""The vector type: every operation in both precisions against NumPy. test_narrower_machines.py runs this again."""
 
 from __future__ import annotations
 
@@ -561,39 +561,6 @@ def test_processors_that_llvm_does_not_know(monkeypatch):
     assert simd.target_features() == {"neon"}
     monkeypatch.setattr(simd.platform, "machine", lambda: "x86_64")
     assert simd.target_features() == set()
-
-
-NARROWER = {  # NUMBA_CPU_NAME -> (WIDTH, NUMBA_CPU_FEATURES)
-    "haswell": (32, "+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"),
-    "x86-64": (16, "+sse2"),
-}
-
-
-@pytest.mark.parametrize("target", [name for name, (bytes_, _) in NARROWER.items() if bytes_ < simd.WIDTH])
-def test_narrower_machines(target, tmp_path):
-    """This file and the register tile's once more, compiled for less than this machine can do."""
-    bytes_, features = NARROWER[target]
-    environment = dict(
-        os.environ,
-        NUMBA_CPU_NAME=target,
-        NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-        EXPECTED_WIDTH=str(bytes_),
-    )
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("simd", "tile")]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not second_process and not narrower",
-        *files,
-    ]
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert outcome.returncode == 0, outcome.stdout
 
 
 def test_the_target_is_what_numba_compiles_for():

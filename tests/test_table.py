@@ -102,6 +102,25 @@ def test_runs_with_another_batch_make_one_table(page):
     assert "| AlexNet, training, batch 1 | **50.0 (45.0)** | 200 (180) |  | 0.25 | 0.25 |" in page.read_text()
 
 
+def test_ours_over_pytorch_has_a_column_for_each_folder(page):
+    page.write_text("<!-- table: pytorch -->\n<!-- /table -->\n" + README)
+    one = result(networks=[{**TRAIN, "rows": [row("ours", "captured", 0.1), *TRAIN["rows"][1:3]]}])
+    save(page.parent, "c.json", {**one, "threads": 1})
+    (page.parent / "narrow").mkdir()
+    save(page.parent / "narrow", "a.json", result(networks=[{**TRAIN, "rows": TRAIN["rows"][:2]}]))
+    save(page.parent, "d.json", result(batch=1, networks=[{**TRAIN, "rows": [TRAIN["rows"][i] for i in (0, 3)]}]))
+    outcome = table(page)
+    assert outcome.returncode == 0, outcome.stderr
+    text = page.read_text()
+    assert "| nanocnn / PyTorch, median | 2 threads | 1 thread | 2 threads, narrow |\n" in text
+    assert text.count("| AlexNet, training, batch 128 | 0.25 | 0.50 | 0.20 |\n") == 1
+    first = text[: text.index("<!-- /table -->")]
+    assert "batch 1 |" not in first  # measured without PyTorch
+    assert "narrow" not in text[len(first) :]
+    save(page.parent / "narrow", "b.json", result(networks=[TRAIN]))
+    assert "two result files measured AlexNet, training, batch 128, 2 threads, narrow: keep one" in table(page).stderr
+
+
 def test_bad_input_is_named_and_nothing_written(page):
     save(page.parent, "c.json", result(networks=[TRAIN]))
     assert "two result files measured alexnet, train, 128, 2" in table(page).stderr
@@ -115,7 +134,7 @@ def test_bad_input_is_named_and_nothing_written(page):
     assert page.read_text() == README
     for text, word in (
         ("nothing", "expected <!-- table: NAME -->"),
-        (README.replace("layers", "speed"), "table: speed -->: expected one of networks, layers"),
+        (README.replace("layers", "speed"), "table: speed -->: expected one of networks, layers, pytorch"),
         (README + "<!-- /table -->", "for each of them"),
     ):
         page.write_text(text)

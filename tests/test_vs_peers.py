@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +49,7 @@ def test_alone(tmp_path):
     )
     assert set(result["peers"]) == {"ours"}
     assert result["machine"]["processor"]["name"]
+    assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}\+?", result["commit"])
     for entry in result["networks"]:
         assert [row["setting"] for row in entry["rows"]] == ["fastest", "captured"]
         for row in entry["rows"]:
@@ -85,6 +90,89 @@ def test_layers(tmp_path):
     for entry in result["layers"]:
         assert all(difference < 1e-3 for row in entry["rows"] for difference, _ in row["check"].values())
     assert printed.count("grad_w") == 5
+    assert all(len(line) <= 120 for line in printed.splitlines() if "all times" not in line)
+
+
+@pytest.mark.parametrize("name", ["jax", "onnxruntime", "openvino", "tensorflow"])
+def test_layers_of_the_others(name, tmp_path, script):
+    if script.peers.missing(name):
+        pytest.skip(f"{name} is not installed")
+    result, _ = run(tmp_path, "--layers", "--peers", name, "--models", "alexnet")
+    trains = bool(script.peers.load(name).TRAIN)
+    for entry in result["layers"]:
+        theirs = trains or entry["direction"] == "forward"
+        assert [row["peer"] for row in entry["rows"]] == ["ours", name][: 1 + theirs]
+        assert all(difference < 1e-3 for row in entry["rows"] for difference, _ in row["check"].values())
+
+
+def test_a_layer_line_has_a_column_for_each_framework(script):
+    """Each in its best setting, empty where it cannot do that; medians and minima are compared with the best."""
+    peers = {name: dict(title=title) for name, title in (("ours", "nanocnn"), ("a", "A framework"), ("b", "B"))}
+    row = {"peer": "ours", "setting": "x", "median": 0.002, "minimum": 0.001}
+    a = [
+        {"peer": "a", "setting": "slow", "median": 0.008, "minimum": 0.003},
+        {"peer": "a", "setting": "fast", "median": 0.004, "minimum": 0.004},
+    ]
+    entry = dict(layer="64 -> 64, 32x32, 3x3", direction="grad_w", rows=[row, *a])
+    line = script._report.layer_line(entry, dict(peers=peers))
+    assert line.split()[-5:] == ["grad_w", "2.00", "4.00", "0.50", "0.33"]
+    lines = script._report.layer_header(dict(peers=peers)).splitlines()
+    assert len(line) == len(lines[-1])
+    assert lines[-1].index("A framework") + len("A framework") == line.index("4.00") + 4
+    alone = script._report.layer_line({**entry, "rows": [row]}, dict(peers={"ours": peers["ours"]}))
+    assert alone.split()[-2:] == ["grad_w", "2.00"]
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_kept(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "vs_peers.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert script.commit() is None
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    (tmp_path / "a.txt").write_text("a")
+    git(tmp_path, "init")
+    git(tmp_path, "add", "a.txt")
+    git(tmp_path, "commit", "-m", "a")
+    git(tmp_path, "tag", "v1")
+    (tmp_path / "untracked").write_text("")
+    clean = script.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "a.txt").write_text("b")
+    assert script.commit() == clean + "+"
+    monkeypatch.setenv("PATH", "")
+    assert script.commit() is None
+
+
+def test_what_takes_long_at_first_is_said_once(script, monkeypatch):
+    said = []
+    monkeypatch.setattr(script, "say", said.append)
+    monkeypatch.setattr(script, "PATIENCE", 0.01)
+    comparison = script.Comparison.__new__(script.Comparison)
+    comparison.told = False
+    for name, lines in (("pytorch", 0), ("ours", 1), ("ours", 1)):
+        with comparison.patience(SimpleNamespace(name=name)):
+            time.sleep(0.2)
+        assert len(said) == lines
+    assert "kernels are compiled" in said[0]
+    comparison.told = False
+    monkeypatch.setattr(script, "PATIENCE", 5)
+    with comparison.patience(SimpleNamespace(name="ours")):
+        pass
+    assert len(said) == 1
+
+
+def test_what_the_user_said_of_the_processor_is_kept(script):
+    process = sys.modules["peers._process"]
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CACHE_DIR", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        assert process.KEPT.match(name)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_ENABLE_ONEDNN_OPTS", "NUMBA_DISABLE_JIT"):
+        assert process.OTHERS.match(name)
+        assert not process.KEPT.match(name)
 
 
 def refused(script, monkeypatch, capsys, tmp_path, *options: str) -> str:
