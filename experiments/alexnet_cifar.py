@@ -69,7 +69,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
 
     common.compile_kernels(args, lambda width: make(args, data, width), data, comm)
     nc.manual_seed(args.seed)
-    model = make(args, data, args.width)
+    model = make(args, data, args.width).to(args.device)
     optimizer = common.make_optimizer(args, model)
     learning_rate = common.make_schedule(args, len(train_batches))
     averager = parallel.GradientAverager(optimizer.buckets, comm)

@@ -18,7 +18,7 @@ import nanocnn as nc
 from nanocnn.checkpoint import CheckpointError
 from nanocnn.data import Augment, Batch, DataError, DataSet, Loader
 from nanocnn.kernels import threads, tuned
-from nanocnn.kernels.dispatch import ChoiceError, choices_in_force, parse_use, primitives
+from nanocnn.kernels.dispatch import DEVICES, ChoiceError, DeviceError, choices_in_force, parse_use, primitives
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.parallel.launcher import launched
@@ -102,6 +102,8 @@ def _add_run(group) -> None:
 
 
 def _add_engine(group) -> None:
+    about = "; ".join(f"{name}: {what}" for name, what in DEVICES.items())
+    group.add_argument("--device", choices=tuple(DEVICES), default="cpu", help=about)
     group.add_argument(
         "--use",
         nargs="+",
@@ -176,6 +178,12 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         nc.use(*policy, **choices)
     except ChoiceError as error:
         parser.error(f"--use: {error}")
+    try:
+        nc.Tensor([0.0]).to(args.device)
+    except DeviceError as error:
+        parser.error(f"--device {args.device}: {error}")
+    if args.device != "cpu" and launch is not None and launch.size != 1:
+        parser.error(f"--device {args.device}: one process alone; several ranks train on the CPU")
     return args
 
 
@@ -245,7 +253,7 @@ def compile_kernels(
     The layers have their real sizes, since it is by them that the fastest variants are chosen. With `--use tuned` the
     batch has too, and all ranks get rank 0's choices.
     """
-    if comm.local_rank == 0:
+    if comm.local_rank == 0 and args.device == "cpu":
         model = make_model(width=args.width)
         tuning = "tuned" in choices_in_force().values()
         images = min(len(data.train), max(2, args.batch_size // comm.size), sys.maxsize if tuning else ENOUGH_IMAGES)

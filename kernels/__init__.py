@@ -17,7 +17,7 @@ _modules = [
     if not _found.ispkg
 ]
 
-from . import compiled  # noqa: E402
+from . import compiled, cuda  # noqa: E402, F401
 
 compiled.keep(_modules)
 threads.limit(threads.share())

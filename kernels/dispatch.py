@@ -46,9 +46,48 @@ class DeviceError(RuntimeError):
 
 # ------------------------------------------------------------------ devices: the device is the type of the array
 
+DEVICES = {
+    "cpu": "NumPy arrays; kernels by NumPy and Numba",
+    "cuda": "CuPy arrays; kernels by cuBLAS and CUDA",
+    "emulated": "the same CUDA kernels, compiled by g++ and run on the CPU, to learn from and to test",
+}
+
+
+class Emulated(np.ndarray):
+    """An array of the device `emulated`, in the host's memory: what NumPy computes with it is of this device too."""
+
+    def get(self) -> np.ndarray:
+        """A copy on the CPU, as CuPy's arrays have it."""
+        return np.array(self)
+
+
+class _EmulatedNumPy:
+    """NumPy, whose new arrays are of the device `emulated`: what `cupy` is to `cuda`."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(np, name)
+        if isinstance(found, type) or not callable(found):
+            return found
+
+        def on_the_device(*args: Any, **kwargs: Any) -> Any:
+            result = found(*args, **kwargs)
+            return tuple(map(_emulated, result)) if isinstance(result, tuple) else _emulated(result)
+
+        setattr(self, name, on_the_device)
+        return on_the_device
+
+
+def _emulated(value: Any) -> Any:
+    return value.view(Emulated) if isinstance(value, np.ndarray) else value
+
+
+_emulated_numpy = _EmulatedNumPy()
+
 
 def xp_of(array: Any):
-    """The module that made `array`: `numpy` or `cupy`."""
+    """The module that made `array`, `numpy` or `cupy`; for the device `emulated`, one that does as NumPy does."""
+    if isinstance(array, Emulated):
+        return _emulated_numpy
     if isinstance(array, np.ndarray | np.generic):
         return np
     if type(array).__module__.partition(".")[0] == "cupy":
@@ -59,18 +98,33 @@ def xp_of(array: Any):
 
 
 def device_of(array: Any) -> str:
-    """`"cpu"` or `"cuda"`."""
+    """`"cpu"`, `"cuda"` or `"emulated"`."""
+    if isinstance(array, Emulated):
+        return "emulated"
     return "cpu" if xp_of(array) is np else "cuda"
 
 
+def demand_one_device(where: str, arrays: Iterable[Any]) -> None:
+    """Raise DeviceError if the arrays that meet in `where` are of several devices."""
+    found = list(dict.fromkeys(map(device_of, arrays)))
+    if len(found) > 1:
+        raise DeviceError(
+            f"{where} was given arrays of two devices, {' and '.join(found)}: move one of them, "
+            f"by Tensor.to('{found[0]}') or Module.to('{found[0]}')"
+        )
+
+
 def to_device(array: Any, device: str):
-    """`array` on `"cpu"` or `"cuda"`; the same object if it is there already. Raises DeviceError without a GPU."""
-    if device not in ("cpu", "cuda"):
-        raise DeviceError(f"unknown device {device!r}: expected 'cpu' or 'cuda'")
+    """`array` on one of DEVICES; the same object if it is there already. Raises DeviceError without a GPU."""
+    if device not in DEVICES:
+        raise DeviceError(f"unknown device {device!r}: expected one of {', '.join(DEVICES)}")
     if device == device_of(array):
         return array
+    array = array if device_of(array) == "cpu" else array.get()
     if device == "cpu":
-        return array.get()
+        return array
+    if device == "emulated":
+        return _emulated(np.array(array, order="C"))
     try:
         import cupy
 
@@ -78,7 +132,8 @@ def to_device(array: Any, device: str):
     except Exception as error:  # a missing package, a missing driver, no memory: each in CuPy's own words
         raise DeviceError(
             f"cannot use the device 'cuda': {type(error).__name__}: {error}. Install CuPy for your driver with "
-            "pip install 'nanocnn[cuda12]' or 'nanocnn[cuda13]', and check the driver with nvidia-smi"
+            "pip install 'nanocnn[cuda12]' or 'nanocnn[cuda13]', and check the driver with nvidia-smi; "
+            "the device 'emulated' runs the same kernels without a GPU"
         ) from error
 
 
@@ -269,6 +324,10 @@ class Variant:
     place: str
     auto: bool | Callable[..., bool] = True
 
+    def runs_on(self, device: str) -> bool:
+        """Whether it takes arrays of a device. The emulator runs what is written for CUDA."""
+        return self.device in (None, "cuda" if device == "emulated" else device)
+
     def pays(self, *args: Any, **kwargs: Any) -> bool:
         """Whether "fastest" may take it for this call."""
         return self.auto(*args, **kwargs) if callable(self.auto) else self.auto
@@ -339,8 +398,8 @@ class Primitive:
 
     def candidates(self, *args: Any, **kwargs: Any) -> list[Variant]:
         """The variants that can do this call, in the order of the ladder."""
-        device = _device_of_call(args, kwargs)
-        return [v for v in self.variants.values() if v.device in (None, device) and v.supports(*args, **kwargs)]
+        device = device_of_call(args, kwargs)
+        return [v for v in self.variants.values() if v.runs_on(device) and v.supports(*args, **kwargs)]
 
     def choose(self, *args: Any, **kwargs: Any) -> Variant:
         """The variant that a call with these arguments runs. Raises ChoiceError if an explicit choice cannot."""
@@ -351,7 +410,7 @@ class Primitive:
             from . import tuned  # which measures, and so needs what is defined here
 
             return tuned.choose(self, args, kwargs)
-        device = _device_of_call(args, kwargs)
+        device = device_of_call(args, kwargs)
         if choice in POLICIES:
             return self._first_able(reversed(self.variants.values()), "", device, args, kwargs)
         if choice.startswith(UP_TO):
@@ -359,7 +418,7 @@ class Primitive:
             rungs = itertools.dropwhile(lambda v: v.name != end, reversed(self.variants.values()))
             return self._first_able(rungs, end, device, args, kwargs)
         variant = self.variants[choice]
-        if variant.device not in (None, device) or not variant.supports(*args, **kwargs):
+        if not variant.runs_on(device) or not variant.supports(*args, **kwargs):
             able = ", ".join(v.name for v in self.candidates(*args, **kwargs))
             raise ChoiceError(
                 f"{self.name}={choice} cannot do this call: {describe(args, kwargs)} on {device}; "
@@ -370,7 +429,7 @@ class Primitive:
     def _first_able(self, rungs: Iterable[Variant], named: str, device: str, args: tuple, kwargs: dict) -> Variant:
         """The first of `rungs` that can do the call and is automatic or `named`; the reference, the last, always is."""
         for variant in rungs:
-            if variant.device not in (None, device) or (variant.auto is False and variant.name != named):
+            if not variant.runs_on(device) or (variant.auto is False and variant.name != named):
                 continue
             if variant.supports(*args, **kwargs) and (variant.name == named or variant.pays(*args, **kwargs)):
                 return variant
@@ -393,11 +452,22 @@ def _place_of(fn: Callable) -> str:
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
 
 
-def _device_of_call(args: tuple, kwargs: dict) -> str:
-    for a in args:
-        if not isinstance(a, int | float | str | tuple | list | type(None)):
-            return device_of(a)
-    return next((device_of(a) for a in kwargs.values() if hasattr(a, "dtype")), "cpu")
+def device_of_call(args: tuple, kwargs: dict) -> str:
+    """That of all arrays among the arguments. Raises DeviceError if they are of several."""
+    found = None
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, NO_ARRAYS):
+            continue
+        device = device_of(a)
+        if found is None:
+            found = device
+        elif device != found:
+            arrays = [a for a in (*args, *kwargs.values()) if not isinstance(a, NO_ARRAYS)]
+            demand_one_device(f"a call ({describe(args, kwargs)})", arrays)
+    return found or "cpu"
+
+
+NO_ARRAYS = int, float, str, tuple, list, dict, type(None), np.generic  # a number of NumPy goes with any device
 
 
 def describe(args: tuple, kwargs: dict) -> str:

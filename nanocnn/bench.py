@@ -117,13 +117,13 @@ def ladder(
 
     Raises BenchError on an unknown primitive.
     """
-    p = _primitive(primitive)
+    p = primitive_of(primitive)
     flops, moved = p.count_work(*args, **kwargs) if p.count_work else (0.0, 0.0)
-    able = p.candidates(*args, **kwargs)
+    able, device = p.candidates(*args, **kwargs), dispatch.device_of_call(args, kwargs)
     results, runs = [], []
     say(f"{p.name}: the reference in float64")
-    want = _outputs(p, p.variants["reference"], *_in_float64(args, kwargs))
-    for variant in p.variants.values():
+    want = outputs(p, p.variants["reference"], *in_float64(args, kwargs))
+    for variant in (v for v in p.variants.values() if v.runs_on(device)):
         about = (variant.__doc__ or "").strip().partition("\n")[0]
         result = Result(p.name, variant.name, about, variant.place, flops, moved)
         results.append(result)
@@ -132,7 +132,7 @@ def ladder(
             continue
         say(f"{p.name}={variant.name}: checking, and compiling where it must")
         start = time.perf_counter()
-        result.error = _error(_outputs(p, variant, args, kwargs), want)
+        result.error = error_of(outputs(p, variant, args, kwargs), want)
         first = time.perf_counter() - start
         tolerance = TOLERANCES.get(_dtype_of(args, kwargs), math.inf)
         if result.error > tolerance:
@@ -154,7 +154,8 @@ def ladder(
     return results
 
 
-def _primitive(primitive: str | Primitive) -> Primitive:
+def primitive_of(primitive: str | Primitive) -> Primitive:
+    """The primitive of a name. Raises BenchError if there is none."""
     if isinstance(primitive, Primitive):
         return primitive
     if primitive not in dispatch.primitives:
@@ -180,7 +181,7 @@ def _seconds(variant: Variant, call: tuple[tuple, dict], calls: int) -> list[flo
     return times
 
 
-def _outputs(p: Primitive, variant: Variant, args: tuple, kwargs: dict) -> list[np.ndarray]:
+def outputs(p: Primitive, variant: Variant, args: tuple, kwargs: dict) -> list[np.ndarray]:
     """The arrays that a call returns, and those that it changes."""
     if p.inplace:
         args, kwargs = copy.deepcopy((args, kwargs))
@@ -198,7 +199,9 @@ def _arrays(value: Any) -> Iterable[np.ndarray]:
             yield from _arrays(item)
 
 
-def _in_float64(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def in_float64(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A call with its floats as float64."""
+
     def wide(a: Any) -> Any:
         return a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
 
@@ -209,7 +212,7 @@ def _dtype_of(args: tuple, kwargs: dict) -> str:
     return next((a.dtype.name for a in _arrays([args, kwargs]) if a.dtype.kind == "f"), "")
 
 
-def _error(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> float:
+def error_of(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> float:
     """The largest difference over the largest value, of the worst pair of arrays; infinite where shapes differ."""
     if [a.shape for a in got] != [a.shape for a in want]:
         return math.inf
@@ -262,6 +265,8 @@ examples:
   python -m nanocnn bench conv2d_grad_w --channels 3 --kernel 7 --stride 2 --padding 3
   python -m nanocnn bench matmul 128 4096 4096             M K N
   python -m nanocnn bench relu --size 64 --threads 1       any primitive: its images have the same options
+  python -m nanocnn bench matmul 128 128 128 --device emulated --lines
+                                                           the CUDA kernels: loads, sectors, bank conflicts
   python -m nanocnn bench                                  what can be measured, and the named layers
 
 Speed-up is over the first rung, the reference. More GFLOP/s than the peak means fewer operations: Winograd.
@@ -277,6 +282,7 @@ SIZES = (
     ("dilation", "D", "pixels between two of a window"),
     ("groups", "G", "of channels that see only each other"),
 )
+DTYPES = (*TOLERANCES, "float16")  # the last is for CUDA kernels
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -291,7 +297,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option = "--" + name.replace("_", "-")
         shape.add_argument(option, type=int, metavar=metavar, help=f"{about} ({getattr(Shape, name)})")
     how = parser.add_argument_group("measurement")
-    how.add_argument("--dtype", choices=tuple(TOLERANCES), default="float32", help="of all arrays (float32)")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of all arrays (float32)")
+    how.add_argument(
+        "--device", choices=("cpu", "emulated"), default="cpu", help="emulated: count what CUDA kernels do"
+    )
+    how.add_argument("--lines", action="store_true", help="of CUDA kernels, count each line")
     how.add_argument("--threads", type=int, metavar="T", help="for BLAS and Numba; else as everywhere in nanocnn")
     how.add_argument("--rounds", type=int, default=ROUNDS, metavar="R", help=f"visits to each rung, in turn ({ROUNDS})")
     how.add_argument("--limit", type=float, default=10.0, metavar="S", help="skip rungs that take longer a call (10)")
@@ -311,6 +321,8 @@ def run(args: argparse.Namespace) -> int:
         console.print("[bold]layers[/]      " + ", ".join(LAYERS), highlight=False)
         return 0
     try:
+        if args.device == "emulated":
+            return _count(args, console)
         out = _out(args)
         results, roof = _measure(args, console)
     except (BenchError, dispatch.ChoiceError) as error:
@@ -343,12 +355,34 @@ def _out(args: argparse.Namespace) -> Path:
     return out
 
 
-def _measure(args: argparse.Namespace, console: Console) -> tuple[list[Result], Peaks]:
+def _call(args: argparse.Namespace, console: Console) -> tuple:
+    """The arguments of the call that the options describe, which is printed."""
     sizes = {name: getattr(args, name) for name, *_ in SIZES}
     if args.product:
         if args.primitive != "matmul" or len(args.product) != 3:
             raise BenchError(f"sizes {args.product}: only matmul takes them, three: M K N")
         sizes |= dict(zip("mkn", args.product, strict=True))
+    call = arguments(args.primitive, shape_of(args.layer, **sizes), args.dtype)
+    console.print(Text(f"{args.primitive}({dispatch.describe(call, {})})", "bold"), soft_wrap=True)
+    return call
+
+
+def _count(args: argparse.Namespace, console: Console) -> int:
+    """The ladder of CUDA kernels, counted in the emulator; the exit status."""
+    from . import traffic  # which needs this file
+
+    counts = traffic.count(args.primitive, *_call(args, console))
+    traffic.print_counts(counts, console)
+    for c in counts:
+        if args.lines and not c.note:
+            traffic.print_lines(c, console)
+    wrong = [c for c in counts if c.error > TOLERANCES.get(args.dtype, 1e-2)]
+    for c in wrong:
+        console.print(Text(f"WRONG: {c.variant} by {c.error:.1e} of the largest value", "red"))
+    return 1 if wrong else 0
+
+
+def _measure(args: argparse.Namespace, console: Console) -> tuple[list[Result], Peaks]:
     if args.rounds < 1 or not args.limit > 0:
         raise BenchError("--rounds and --limit: expected positive numbers")
     if args.threads is not None:
@@ -361,8 +395,9 @@ def _measure(args: argparse.Namespace, console: Console) -> tuple[list[Result], 
         threads.limit(args.threads)
     policy, choices = dispatch.parse_use(args.use)
     dispatch.use(*policy, **choices)
-    call = arguments(args.primitive, shape_of(args.layer, **sizes), args.dtype)
-    console.print(Text(f"{args.primitive}({dispatch.describe(call, {})})", "bold"), soft_wrap=True)
+    if args.dtype not in TOLERANCES:
+        raise BenchError(f"--dtype {args.dtype}: the CPU's kernels are of {' and '.join(TOLERANCES)}")
+    call = _call(args, console)
     with console.status("") as status:
         results = ladder(args.primitive, *call, rounds=args.rounds, limit=args.limit, say=status.update)
         status.update("the roof: peak and bandwidth")

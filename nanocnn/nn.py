@@ -23,7 +23,7 @@ from .functional.fuse import fuse
 from .functional.geometry import Pair, pair
 from .kernels import dispatch
 from .kernels.constant import constant
-from .kernels.dispatch import to_device, xp_of
+from .kernels.dispatch import DEVICES, to_device, xp_of
 from .state import copy_by_name
 from .tensor import Tensor
 
@@ -121,22 +121,27 @@ class Module:
         return self.train(False)
 
     def to(self, where: Any) -> Module:
-        """Move to a device ("cpu", "cuda") or to a floating-point dtype; returns the module.
+        """Move to a device ("cpu", "cuda", "emulated") or to a floating-point dtype; returns the module.
 
         Call it before the optimiser is made: the optimiser lays the parameters out in buckets. Raises ValueError, and
         changes nothing, if `where` is neither.
         """
-        if where not in ("cpu", "cuda"):
+        if where not in (*DEVICES,):
             where = _floating_dtype(where)
         both: list[tuple[str, Any]] = [*self.named_parameters(), *self.named_buffers()]
         for _, item in both:
-            if where in ("cpu", "cuda"):
+            if where in (*DEVICES,):
                 item.data = to_device(item.data, where)
             elif item.data.dtype.kind == "f":
                 item.data = item.data.astype(where)
             if isinstance(item, Parameter):
                 item.grad = item.grad_buffer = None
         return self
+
+    @property
+    def device(self) -> str:
+        """Of the parameters; "cpu" where there are none."""
+        return next((p.device for p in self.parameters()), "cpu")
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -234,7 +239,9 @@ def _floating_dtype(where: Any) -> np.dtype:
     except TypeError:  # "gpu" names no dtype
         dtype = None
     if dtype is None or dtype.kind != "f":
-        raise ValueError(f"to({where!r}): expected a device, 'cpu' or 'cuda', or a floating-point dtype as np.float32")
+        raise ValueError(
+            f"to({where!r}): expected a device ({', '.join(DEVICES)}) or a floating-point dtype as np.float32"
+        )
     return dtype
 
 

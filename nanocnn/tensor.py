@@ -127,7 +127,7 @@ class Tensor:
         return Tensor(self.data)
 
     def to(self, device: str) -> Tensor:
-        """A tensor on `device` ("cpu" or "cuda"), outside the graph; itself if it is there already."""
+        """A tensor on `device` ("cpu", "cuda" or "emulated"), outside the graph; itself if it is there already."""
         return self if device == self.device else Tensor(to_device(self.data, device), self.requires_grad)
 
     if TYPE_CHECKING:  # functional/basic.py attaches these; here they are for readers, editors and type checkers
@@ -249,6 +249,8 @@ class Op:
         tensors = [x if isinstance(x, Tensor) else as_tensor(x, like) for x in inputs]
         op.needs = tuple([_grad_enabled and x.requires_grad for x in tensors])
         arrays, recorder = [x.data for x in tensors], dispatch.recorder
+        if len({type(a) for a in arrays}) > 1:
+            dispatch.demand_one_device(cls.__name__, arrays)
         if recorder is None:
             y = Tensor(op.forward(*arrays, **parameters))
         else:

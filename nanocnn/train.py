@@ -15,7 +15,7 @@ from . import random
 from .capture import Captured, CaptureError, capture
 from .data import Batch
 from .kernels import dispatch
-from .kernels.dispatch import Switch, span
+from .kernels.dispatch import Switch, span, to_device
 from .metrics import confusion_matrix
 from .nn import Module
 from .optim import Optimizer, clip_grad_norm_
@@ -71,9 +71,9 @@ def train_step(
         run: Any = forward_backward
         if graph.value == "on" and averager.comm.size == 1 and dispatch.recorder is None:
             run = _recorded(model, forward_backward, batch, label_smoothing, averager)
-        loss, logits = run(Tensor(batch.x), Tensor(batch.y))
+        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y)))
     averager.finish()
-    correct = (logits.data.argmax(axis=1) == batch.y).sum()
+    correct = (logits.data.argmax(axis=1) == to_device(batch.y, logits.device)).sum()
     with span("totals", "communication"):
         totals = averager.comm.all_reduce(np.array([loss.item(), correct, stop], np.float64))
     loss_sum, correct, stopping = totals.tolist()
@@ -156,9 +156,9 @@ def evaluate(
             if stop():
                 break
             start = time.perf_counter()
-            logits = model(Tensor(batch.x))
+            logits = model(Tensor(batch.x).to(model.device))
             seconds += time.perf_counter() - start
-            loss += F.cross_entropy(logits, batch.y, reduction="sum").item()
+            loss += F.cross_entropy(logits, to_device(batch.y, logits.device), reduction="sum").item()
             confusion += confusion_matrix(batch.y, logits.numpy().argmax(axis=1), num_classes)
     model.train(training)
     totals: Any = comm.all_reduce(np.append(confusion.ravel(), [loss, stop()]))

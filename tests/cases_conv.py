@@ -25,6 +25,7 @@ GEOMETRIES = [
     ((2, 5, 4, 3), (1, 1), 0, (1, 1), (0, 0), (1, 1), 1),
     ((2, 9, 10, 37), (3, 3), 43, (1, 1), (1, 1), (1, 1), 1),  # whole vectors and panels, and tails of both
     ((2, 9, 10, 37), (3, 3), 43, (2, 2), (1, 1), (1, 1), 1),
+    ((2, 6, 7, 16), (3, 3), 24, (1, 1), (1, 1), (1, 1), 1),  # channels by eights
     ((2, 8, 7, 16), (3, 3), 64, (2, 2), (0, 0), (1, 1), 1),
     ((1, 2, 2, 3), (3, 3), 4, (1, 1), (2, 2), (1, 1), 1),  # an image smaller than the kernel
     ((1, 4, 4, 32), (3, 3), 32, (2, 2), (2, 2), (1, 1), 1),
@@ -95,6 +96,8 @@ def matmul(rng, dtype):
         for m, k, n in shapes
     ]
     a, b = rng.standard_normal((6, 7)).astype(dtype), rng.standard_normal((5, 7)).astype(dtype)
+    eights = rng.standard_normal((130, 40)).astype(dtype), rng.standard_normal((40, 136)).astype(dtype)
+    calls.append((eights, {}))  # for rungs that load eight numbers at once
     for m, k, n in [(40, 300, 70), (33, 5, 64)]:  # tails of rows, of the depth and of panels; each operand transposed
         p, q = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
         turned = np.ascontiguousarray(p.T).T, np.ascontiguousarray(q.T).T

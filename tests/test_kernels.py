@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from nanocnn.kernels import dispatch
+from nanocnn.kernels.cuda.emulated import counting
+from nanocnn.traffic import on_emulator
 
 # name of a primitive -> function(rng, dtype) that returns its example calls, (args, kwargs) each
 CASES = {
@@ -18,8 +20,11 @@ CASES = {
     for name, calls in getattr(importlib.import_module(path.stem), "CASES", {}).items()
 }
 DTYPES = (np.float32, np.float64)
+TOLERANCES = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
+CUDA_DTYPES = (*DTYPES, np.float16)
 OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
-VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.name != "reference"]
+VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cpu"]
+CUDA_VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cuda"]
 
 
 def arrays_in(value):
@@ -31,18 +36,27 @@ def arrays_in(value):
     return [a for v in value for a in arrays_in(v)] if isinstance(value, list | tuple) else []
 
 
+def without_halves(value):
+    """With float16 as float32: NumPy adds up in float16 what kernels add up in float32."""
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float32) if value.dtype == np.float16 else value
+    if isinstance(value, dict):
+        return {name: without_halves(v) for name, v in value.items()}
+    return type(value)(map(without_halves, value)) if isinstance(value, list | tuple) else value
+
+
 def assert_equals_reference(primitive, variant, args, kwargs):
     """Results, and what became of the arguments, are the reference's within rounding."""
     variants = OURS[primitive].variants
-    args_reference, kwargs_reference = copy.deepcopy((args, kwargs))
+    args_reference, kwargs_reference = without_halves(copy.deepcopy((args, kwargs)))
     expected = variants["reference"].body(*args_reference, **kwargs_reference)
     got = variants[variant].body(*args, **kwargs)
     mine, theirs = arrays_in([got, args, kwargs]), arrays_in([expected, args_reference, kwargs_reference])
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        tolerance = 0 if a.dtype.kind in "iub" else 2e-5 if a.dtype == np.float32 else 1e-12
+        assert a.dtype == b.dtype or (a.dtype, b.dtype) == (np.float16, np.float32)
+        tolerance = 0 if a.dtype.kind in "iub" else TOLERANCES[a.dtype.name]
         scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if a.dtype.kind == "f" else 1
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
 
@@ -63,6 +77,23 @@ def test_variant_equals_reference(primitive, variant, dtype):
             continue
         assert_equals_reference(primitive, variant, args, kwargs)
         compared += 1
+    assert compared, f"no example call of {primitive} is one that {variant} supports"
+
+
+@pytest.mark.parametrize(("primitive", "variant"), CUDA_VARIANTS, ids=lambda v: v)
+def test_cuda_variant_equals_reference(primitive, variant):
+    """In the emulator, which checks every access: bounds, races, barriers, memory that nobody has written."""
+    p = OURS[primitive]
+    compared = 0
+    for dtype in CUDA_DTYPES:
+        for args, kwargs in CASES[primitive](np.random.default_rng(7), dtype):
+            given = on_emulator((args, kwargs))
+            if p.variants[variant] not in p.candidates(*given[0], **given[1]):
+                continue
+            with counting() as report:
+                assert_equals_reference(primitive, variant, *given)
+            assert report.blocks, "no kernel ran"
+            compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 
 

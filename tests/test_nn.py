@@ -249,6 +249,6 @@ def test_a_slice_of_a_sequential_is_one_and_shares_its_modules():
 def test_to_nowhere_is_refused_and_changes_nothing(where):
     net = nn.Linear(2, 2)
     before = net.weight.data
-    with pytest.raises(ValueError, match="expected a device, 'cpu' or 'cuda', or a floating-point dtype"):
+    with pytest.raises(ValueError, match=r"expected a device \(cpu, cuda, emulated\) or a floating-point dtype"):
         net.to(where)
     assert net.weight.data is before

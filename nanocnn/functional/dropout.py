@@ -13,9 +13,9 @@ from .basic import need_floats
 
 class Dropout(Op):
     def forward(self, x, *, p, key):
-        samples = to_device(key.samples, device_of(x))
+        samples, place = (to_device(a, device_of(x)) for a in (key.samples, key.place))
         rows = x.reshape(len(samples), math.prod(x.shape) // max(1, len(samples)))
-        y, mask = kernels.dropout(rows, samples, p, key.place)
+        y, mask = kernels.dropout(rows, samples, p, place)
         self.p = p
         self.save(mask)
         return y.reshape(x.shape)

@@ -1,0 +1,217 @@
+// Convolution, and the gradient of its weights, on tensor cores: fp16, sums in fp32; as in gemm_tensor.cu, where the
+// left matrix is the columns of conv2d.cu, which are never made.
+//
+// An asynchronous copy brings 8 channels of one pixel at a time (c is a multiple of 8), past the registers; for a
+// pixel outside of its image it writes zeros and reads nothing. One group.
+//
+// The gradient of the images is conv2d_tensor, too: for stride 1 it is the convolution of gy with the weights turned by
+// 180 degrees, and with a stride one such convolution for each phase of it (conv2d.py).
+#include "ptx.cuh"
+
+#ifndef STAGES
+#define STAGES 3    // pairs of tiles in shared memory
+#endif
+#define BLOCK_M 128  // rows of the product that a block computes, by 2 rows of
+#define BLOCK_N 64   // and columns, by 2 columns of warps: networks for small images begin with 64 channels
+#define BLOCK_K 32
+#define WARP_M 64
+#define WARP_N 32
+#define THREADS 128
+#define PITCH_A (BLOCK_K + 8)  // numbers from row to row: 8 rows of 16 bytes then lie in different banks
+#define PITCH_T (BLOCK_M + 8)  // of the left tile where it lies transposed
+#define PITCH_B (BLOCK_N + 8)
+#define SHARED_FORWARD (STAGES * (BLOCK_M * PITCH_A + BLOCK_K * PITCH_B) * 2)  // bytes
+#define SHARED_GRAD_W (STAGES * BLOCK_K * (PITCH_T + PITCH_B) * 2)
+#define OUTSIDE (-(1 << 30))   // a row of an image where no kernel reaches back into it
+
+__device__ __forceinline__ float2 plus(float2 v, const half* more) {
+    const float2 m = __half22float2(*reinterpret_cast<const half2*>(more));
+    return make_float2(v.x + m.x, v.y + m.y);
+}
+
+// y (m x o) = relu?(columns (m x kh kw c) times w + bias + residual); m positions of windows. A thread always copies
+// the same four rows of the left tile, and one column, whose tap moves on by additions.
+// at most 128 registers, 0 bytes of shared memory
+extern "C" __global__ void __launch_bounds__(THREADS)
+conv2d_tensor(const half* x, const half* w, const half* bias, const half* residual, half* y, int m, int height,
+              int width, int c, int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh,
+              int dw, int relu) {
+    DYNAMIC_SHARED(half, tiles);
+    half* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
+    const int across_blocks = (o + BLOCK_N - 1) / BLOCK_N, depth = kh * kw * c;
+    const int row = blockIdx.x / across_blocks * BLOCK_M, column = blockIdx.x % across_blocks * BLOCK_N;
+    const int t = threadIdx.x, lane = t % 32, warp = t / 32;
+    const int warp_row = warp / 2 * WARP_M, warp_column = warp % 2 * WARP_N;
+    int image[4], top[4], left[4], channel = t % 4 * 8, down = 0, across = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int position = row + t / 4 + i * 32;
+        image[i] = position / ow / oh;
+        top[i] = position < m ? position / ow % oh * sh - ph : OUTSIDE;
+        left[i] = position % ow * sw - pw;
+    }
+    float sum[WARP_M / 16][WARP_N / 8][4] = {};
+
+    auto fetch = [&](int first, int stage) {  // of first = 0, BLOCK_K, 2 BLOCK_K, ...
+        half* const to_a = tiles + stage * BLOCK_M * PITCH_A;
+        half* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
+        while (channel >= c && down < kh) {
+            channel -= c;
+            if (++across == kw) across = 0, down++;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = top[i] + down * dh, s = left[i] + across * dw;
+            const bool inside = down < kh && r >= 0 && r < height && s >= 0 && s < width;
+            const half* const from = inside ? x + (((size_t)image[i] * height + r) * width + s) * c + channel : x;
+            cp_async16(to_a + (t / 4 + i * 32) * PITCH_A + t % 4 * 8, from, inside);
+        }
+        channel += BLOCK_K;
+#pragma unroll
+        for (int i = 0; i < BLOCK_K * BLOCK_N / 8 / THREADS; i++) {
+            const int piece = t + i * THREADS, d = piece / (BLOCK_N / 8), s = piece % (BLOCK_N / 8) * 8;
+            const bool inside = first + d < depth && column + s < o;
+            cp_async16(to_b + d * PITCH_B + s, inside ? w + (size_t)(first + d) * o + column + s : w, inside);
+        }
+    };
+
+    const int steps = (depth + BLOCK_K - 1) / BLOCK_K;
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < steps) fetch(s * BLOCK_K, s);
+        cp_commit();  // a group for each step, empty ones too: so that counting groups counts steps
+    }
+    for (int step = 0; step < steps; step++) {
+        cp_wait<STAGES - 2>();
+        __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
+        if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
+        cp_commit();
+        const half* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
+        const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+#pragma unroll
+        for (int d = 0; d < BLOCK_K; d += 16) {
+            uint32_t of_a[WARP_M / 16][4], of_b[WARP_N / 16][4];
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+                ldmatrix_x4(of_a[i], tile_a + (warp_row + i * 16 + lane % 16) * PITCH_A + d + lane / 16 * 8);
+#pragma unroll
+            for (int j = 0; j < WARP_N / 16; j++)
+                ldmatrix_x4_trans(of_b[j], tile_b + (d + lane % 16) * PITCH_B + warp_column + j * 16 + lane / 16 * 8);
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+                for (int j = 0; j < WARP_N / 8; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+        for (int j = 0; j < WARP_N / 8; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row + warp_row + i * 16 + lane / 4 + h * 8;
+                const int s = column + warp_column + j * 8 + lane % 4 * 2;
+                if (r >= m || s >= o) continue;
+                const size_t at = (size_t)r * o + s;
+                float2 v = make_float2(sum[i][j][h * 2], sum[i][j][h * 2 + 1]);
+                if (bias) v = plus(v, bias + s);
+                if (residual) v = plus(v, residual + at);
+                if (relu) v = make_float2(v.x <= 0 ? 0 : v.x, v.y <= 0 ? 0 : v.y);  // NaN stays NaN
+                store2(y + at, __floats2half2_rn(v.x, v.y));
+            }
+}
+
+// parts (blocks along z, kh kw c, o) = columns, transposed, times gy: each block along z for `span` of the m
+// positions. The left tile comes as it lies, a position to a row, and is transposed on its way to the registers. A
+// thread always copies the same column of it, one tap and 8 channels, and moves on through positions.
+// at most 128 registers, 0 bytes of shared memory
+extern "C" __global__ void __launch_bounds__(THREADS)
+conv2d_grad_w_tensor(const half* gy, const half* x, float* parts, int m, int span, int height, int width, int c,
+                     int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh, int dw) {
+    DYNAMIC_SHARED(half, tiles);
+    half* const tiles_b = tiles + STAGES * BLOCK_K * PITCH_T;
+    const int across_blocks = (o + BLOCK_N - 1) / BLOCK_N, depth = kh * kw * c;
+    const int row = blockIdx.x / across_blocks * BLOCK_M, column = blockIdx.x % across_blocks * BLOCK_N;
+    const int t = threadIdx.x, lane = t % 32, warp = t / 32;
+    const int warp_row = warp / 2 * WARP_M, warp_column = warp % 2 * WARP_N;
+    const int k = row + t % 16 * 8, channel = k % c, down = k / c / kw * dh - ph, right = k / c % kw * dw - pw;
+    const int begin = blockIdx.z * span, end = min(m, begin + span), mine = t / 16 * 4;
+    int image = (begin + mine) / ow / oh, p = (begin + mine) / ow % oh, q = (begin + mine) % ow;
+    float sum[WARP_M / 16][WARP_N / 8][4] = {};
+
+    auto fetch = [&](int first, int stage) {  // of first = begin, begin + BLOCK_K, ...
+        half* const to_a = tiles + stage * BLOCK_K * PITCH_T;
+        half* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
+        int image_of = image, p_of = p, q_of = q;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = p_of * sh + down, s = q_of * sw + right;
+            const bool inside = k < depth && first + mine + i < end && r >= 0 && r < height && s >= 0 && s < width;
+            const half* const from = inside ? x + (((size_t)image_of * height + r) * width + s) * c + channel : x;
+            cp_async16(to_a + (mine + i) * PITCH_T + t % 16 * 8, from, inside);
+            if (++q_of == ow) {
+                q_of = 0;
+                if (++p_of == oh) p_of = 0, image_of++;
+            }
+        }
+        for (q += BLOCK_K; q >= ow; q -= ow)
+            if (++p == oh) p = 0, image++;
+#pragma unroll
+        for (int i = 0; i < BLOCK_K * BLOCK_N / 8 / THREADS; i++) {
+            const int piece = t + i * THREADS, d = piece / (BLOCK_N / 8), s = piece % (BLOCK_N / 8) * 8;
+            const bool inside = first + d < end && column + s < o;
+            cp_async16(to_b + d * PITCH_B + s, inside ? gy + (size_t)(first + d) * o + column + s : gy, inside);
+        }
+    };
+
+    const int steps = (end - begin + BLOCK_K - 1) / BLOCK_K;
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < steps) fetch(begin + s * BLOCK_K, s);
+        cp_commit();
+    }
+    for (int step = 0; step < steps; step++) {
+        cp_wait<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) fetch(begin + (step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
+        cp_commit();
+        // The four matrices that `ldmatrix` brings: two along the rows of the result, then two along positions.
+        const half* const tile_a = tiles + step % STAGES * BLOCK_K * PITCH_T;
+        const half* const turned_a = tile_a + (lane / 16 * 8 + lane % 8) * PITCH_T + warp_row + lane / 8 % 2 * 8;
+        const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+#pragma unroll
+        for (int d = 0; d < BLOCK_K; d += 16) {
+            uint32_t of_a[WARP_M / 16][4], of_b[WARP_N / 16][4];
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+                ldmatrix_x4_trans(of_a[i], turned_a + d * PITCH_T + i * 16);
+#pragma unroll
+            for (int j = 0; j < WARP_N / 16; j++)
+                ldmatrix_x4_trans(of_b[j], tile_b + (d + lane % 16) * PITCH_B + warp_column + j * 16 + lane / 16 * 8);
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+                for (int j = 0; j < WARP_N / 8; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+        for (int j = 0; j < WARP_N / 8; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row + warp_row + i * 16 + lane / 4 + h * 8;
+                const int s = column + warp_column + j * 8 + lane % 4 * 2;
+                if (r >= depth || s >= o) continue;
+                const float2 v = make_float2(sum[i][j][h * 2], sum[i][j][h * 2 + 1]);
+                *reinterpret_cast<float2*>(parts + ((size_t)blockIdx.z * depth + r) * o + s) = v;
+            }
+}
+
+// The sum of the parts, one after the other: the same last bits at each call.
+// at most 32 registers, 0 bytes of shared memory
+extern "C" __global__ void add_up_half(const float* parts, half* gw, int count_parts, long long count) {
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float total = 0;
+    for (int part = 0; part < count_parts; part++) total += parts[part * count + i];
+    gw[i] = __float2half_rn(total);
+}

@@ -1,0 +1,85 @@
+// The matrix product on tensor cores: C (m x n) = A (m x k) B (k x n), fp16, row by row, sums in fp32.
+//
+// A warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. What remains is to feed it: tiles come by asynchronous
+// copies (cp.async) past the registers into shared memory, STAGES of them on their way at a time, and from there by
+// `ldmatrix`, which hands each lane what the instruction wants of it.
+#include "ptx.cuh"
+
+#ifndef STAGES
+#define STAGES 3    // pairs of tiles in shared memory
+#endif
+#define BLOCK_M 128  // rows of C that a block computes, by 2 rows of
+#define BLOCK_N 128  // and columns, by 4 columns of warps
+#define BLOCK_K 32
+#define WARP_M 64
+#define WARP_N 32
+#define PITCH_A (BLOCK_K + 8)  // numbers from row to row: 8 rows of 16 bytes then lie in different banks
+#define PITCH_B (BLOCK_N + 8)
+#define SHARED_BYTES (STAGES * (BLOCK_M * PITCH_A + BLOCK_K * PITCH_B) * 2)
+
+// k and n are multiples of 8: 16 bytes are copied at once.
+// at most 168 registers, 0 bytes of shared memory
+extern "C" __global__ void __launch_bounds__(256)
+gemm_tensor(const half* a, const half* b, half* c, int m, int n, int k) {
+    DYNAMIC_SHARED(half, tiles);
+    half* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
+    const int t = threadIdx.x, lane = t % 32, warp = t / 32;
+    const int row = blockIdx.y * BLOCK_M, column = blockIdx.x * BLOCK_N;
+    const int warp_row = warp / 4 * WARP_M, warp_column = warp % 4 * WARP_N;
+    float sum[WARP_M / 16][WARP_N / 8][4] = {};
+
+    auto fetch = [&](int first, int stage) {
+        half* const to_a = tiles + stage * BLOCK_M * PITCH_A;
+        half* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
+#pragma unroll
+        for (int i = 0; i < BLOCK_M * BLOCK_K / 8 / 256; i++) {
+            const int piece = t + i * 256, r = piece / (BLOCK_K / 8), d = piece % (BLOCK_K / 8) * 8;
+            const bool inside = row + r < m && first + d < k;
+            cp_async16(to_a + r * PITCH_A + d, inside ? a + (size_t)(row + r) * k + first + d : a, inside);
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK_K * BLOCK_N / 8 / 256; i++) {
+            const int piece = t + i * 256, d = piece / (BLOCK_N / 8), s = piece % (BLOCK_N / 8) * 8;
+            const bool inside = first + d < k && column + s < n;
+            cp_async16(to_b + d * PITCH_B + s, inside ? b + (size_t)(first + d) * n + column + s : b, inside);
+        }
+    };
+
+    const int steps = (k + BLOCK_K - 1) / BLOCK_K;
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < steps) fetch(s * BLOCK_K, s);
+        cp_commit();  // a group for each step, empty ones too: so that counting groups counts steps
+    }
+    for (int step = 0; step < steps; step++) {
+        cp_wait<STAGES - 2>();
+        __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
+        if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
+        cp_commit();
+        const half* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
+        const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+#pragma unroll
+        for (int d = 0; d < BLOCK_K; d += 16) {
+            uint32_t of_a[WARP_M / 16][4], of_b[WARP_N / 16][4];
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+                ldmatrix_x4(of_a[i], tile_a + (warp_row + i * 16 + lane % 16) * PITCH_A + d + lane / 16 * 8);
+#pragma unroll
+            for (int j = 0; j < WARP_N / 16; j++)
+                ldmatrix_x4_trans(of_b[j], tile_b + (d + lane % 16) * PITCH_B + warp_column + j * 16 + lane / 16 * 8);
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+                for (int j = 0; j < WARP_N / 8; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+        for (int j = 0; j < WARP_N / 8; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row + warp_row + i * 16 + lane / 4 + h * 8, s = column + warp_column + j * 8 + lane % 4 * 2;
+                if (r < m && s < n)
+                    store2(c + (size_t)r * n + s, __floats2half2_rn(sum[i][j][h * 2], sum[i][j][h * 2 + 1]));
+            }
+}

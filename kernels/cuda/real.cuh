@@ -1,0 +1,15 @@
+// The type that a kernel's arrays are of: `real`, float unless it is compiled with -DREAL=half or -DREAL=double.
+//
+// What is summed up is summed up in `sum`: float, and double for double.
+#pragma once
+
+#include "ptx.cuh"
+
+#ifndef REAL
+#define REAL float
+#endif
+typedef REAL real;
+
+template <class T> struct SumOf { typedef float type; };
+template <> struct SumOf<double> { typedef double type; };
+typedef SumOf<real>::type sum;

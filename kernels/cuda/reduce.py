@@ -1,0 +1,42 @@
+"""How sums over the rows of (M, C) arrays are shared out to blocks and threads; the device's part is in reduce.cuh.
+
+What the blocks have found is added up by a second small kernel. Who adds what, and in which order, follows from the
+shape alone: the bits of a sum are the same in each run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .launch import empty
+
+THREADS = 256  # of a block, as in reduce.cuh
+EACH = 8  # rows that a thread adds up, at least
+MOST = 1024  # blocks, about: several for every multiprocessor, and few parts for the second kernel
+
+
+def over_rows(rows, columns):
+    """Grid, block, and the rows of a block. Its columns are a power of 2, and 8 (a sector) or more if there are 8."""
+    able = (w for w in (32, 16, 8, 4, 2, 1) if w >= min(8, columns))
+    width = min(able, key=lambda w: -(-columns // w) * w)  # as few threads without a column as can be
+    depth, across = THREADS // width, -(-columns // width)
+    each = max(EACH * depth, -(-rows // max(1, MOST // across)))
+    return (across, -(-rows // each)), (width, depth), each
+
+
+def partials(x, sums, grid, columns):
+    """Room for what each block adds up, in the type that the kernels call `sum`."""
+    return empty(x, (sums, grid[1], columns), sums_dtype(x))
+
+
+def sums_dtype(x):
+    """Of `sum` in a kernel whose `real` is x's dtype: as in real.cuh."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+def add_up(kernel, partial, totals, *args):
+    """Run the second kernel: `partial` (sums, blocks, C) to `totals` (sums, C), which is returned."""
+    sums, blocks, columns = partial.shape
+    (across, _), block, _ = over_rows(1, columns)
+    kernel((across, sums), block, partial, totals, blocks, columns, *args)
+    return totals

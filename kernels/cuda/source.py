@@ -1,0 +1,98 @@
+"""What a .cu file says about itself: its kernels, what they take, and the budget that each must keep.
+
+    // at most 40 registers, 2,048 bytes of shared memory
+    extern "C" __global__ void tiled(const float* a, const float* b, float* c, int m, int n, int k) {
+
+Kernels are `extern "C"`: what differs between two builds of one is a macro (-DTILE=32, -DREAL=half), not a template.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent
+KERNEL = re.compile(
+    r"(?://\s*at most (?P<registers>\d+) registers, (?P<shared>[\d,]+) bytes of shared memory\s*\n)?"
+    r"extern \"C\" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(?P<name>\w+)\((?P<parameters>[^)]*)\)"
+)
+INCLUDE = re.compile(r'^#include "([\w.]+)"', re.M)
+COMMENT = re.compile(r"//[^\n]*")
+
+# What a pointer may point to, and which numbers may be given where C++ has a number.
+ARRAYS = {
+    "float": np.float32,
+    "double": np.float64,
+    "half": np.float16,
+    "__half": np.float16,
+    "int": np.int32,
+    "long long": np.int64,
+    "unsigned": np.uint32,
+    "unsigned char": np.uint8,
+}
+NUMBERS = {name: kind for name, kind in ARRAYS.items() if "half" not in name}
+REAL = "real"  # the type that -DREAL names (real.cuh), float without it
+SUM = "sum"  # the type that it is summed up in: float, and double for double
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    kind: str  # "float", of which it is one, or to which it points
+    pointer: bool
+    constant: bool  # a pointer through which nothing is written
+
+    @property
+    def type(self) -> str:
+        """As C++ has it."""
+        return f"{'const ' if self.constant else ''}{self.kind}{'*' if self.pointer else ''}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    name: str
+    parameters: tuple[Parameter, ...]
+    registers: int | None  # the budget
+    shared: int | None  # bytes
+
+
+@cache
+def signatures(file: str) -> dict[str, Signature]:
+    """The kernels of a file of this folder, by name. Raises ValueError on a type that no array can have."""
+    return parse((FOLDER / file).read_text(), file)
+
+
+def parse(text: str, file: str = "the source") -> dict[str, Signature]:
+    """The kernels of a source."""
+    found = {}
+    for match in KERNEL.finditer(text):
+        parameters = tuple(_parameter(word, file) for word in match["parameters"].split(",") if word.strip())
+        registers, shared = match["registers"], match["shared"]
+        found[match["name"]] = Signature(
+            match["name"],
+            parameters,
+            int(registers) if registers else None,
+            int(shared.replace(",", "")) if shared else None,
+        )
+    return found
+
+
+def _parameter(word: str, file: str) -> Parameter:
+    words = COMMENT.sub("", word).replace("*", " * ").replace("__restrict__", "").split()
+    *kind, name = words
+    constant, pointer = "const" in kind, "*" in kind
+    plain = " ".join(w for w in kind if w not in ("const", "*"))
+    if plain not in (ARRAYS if pointer else NUMBERS) and not (pointer and plain in (REAL, SUM)):
+        raise ValueError(f"{file}: a kernel's parameter `{' '.join(words)}`: expected one of {', '.join(ARRAYS)}")
+    return Parameter(name, plain, pointer, constant and pointer)
+
+
+@cache
+def with_includes(file: str) -> str:
+    """The text of a file and of all that it includes from this folder: what a build depends on."""
+    text = (FOLDER / file).read_text()
+    return text + "".join(with_includes(name) for name in INCLUDE.findall(text))

@@ -1,0 +1,154 @@
+"""What the rungs of a ladder ask of a GPU's memory, counted in the emulator: `python -m nanocnn bench --device emulated`.
+
+A time on the emulator says nothing about a GPU. But loads and stores, sectors, bank conflicts and barriers are the same
+there and here, and most of what separates two rungs is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .bench import BenchError, error_of, in_float64, outputs, primitive_of
+from .kernels import dispatch
+from .kernels.cuda.emulated import KernelError, Report, Traffic, counting
+from .kernels.dispatch import Primitive, to_device
+
+
+@dataclass
+class Count:
+    """One variant on one call. `note` says why it was not counted; `error`: as in bench.Result."""
+
+    variant: str
+    place: str
+    report: Report = field(default_factory=Report)
+    error: float = 0.0
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        lines = [vars(line) for line in self.report.lines.values()]
+        return dict(variant=self.variant, place=self.place, error=self.error, note=self.note, lines=lines)
+
+
+def on_emulator(value: Any) -> Any:
+    """Arrays as arrays of the device `emulated`, in tuples, lists and dicts too."""
+    if isinstance(value, np.ndarray):
+        return to_device(value, "emulated")
+    if isinstance(value, dict):
+        return {name: on_emulator(v) for name, v in value.items()}
+    return type(value)(map(on_emulator, value)) if isinstance(value, list | tuple) else value
+
+
+def count(primitive: str | Primitive, *args: Any) -> list[Count]:
+    """Each CUDA variant of a primitive on the call with these arguments, checked against the reference and counted.
+
+    Raises BenchError on an unknown primitive, and on one for which there is no CUDA kernel.
+    """
+    p = primitive_of(primitive)
+    variants = [v for v in p.variants.values() if v.device == "cuda"]
+    if not variants:
+        having = [q.name for q in dispatch.primitives.values() if any(v.device == "cuda" for v in q.variants.values())]
+        raise BenchError(f"{p.name} has no CUDA kernel; there are kernels of: {', '.join(sorted(having))}")
+    want = outputs(p, p.variants["reference"], *in_float64(args, {}))
+    given = on_emulator(args)
+    return [_count(p, v, given, want) for v in variants]
+
+
+def _count(p: Primitive, variant: dispatch.Variant, args: tuple, want: Sequence[np.ndarray]) -> Count:
+    found = Count(variant.name, variant.place)
+    if not variant.supports(*args):
+        found.note = "cannot do this call"
+        return found
+    try:
+        with counting() as found.report:
+            got = outputs(p, variant, args, {})
+    except KernelError as error:
+        found.note = str(error)
+        return found
+    found.error = error_of(got, want)
+    return found
+
+
+# ------------------------------------------------------------------ the tables
+
+
+def print_counts(counts: Sequence[Count], console: Console) -> None:
+    """A line for each variant: what it asks of global and of shared memory, and how much more than it would need."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("rung", style="bold", no_wrap=True)
+    headings = (
+        "blocks",
+        "loads, KB",
+        "sectors",
+        "of ideal",
+        "stores, KB",
+        "shared turns",
+        "of ideal",
+        "barriers",
+        "error",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    table.add_column("where", overflow="fold")
+    for c in counts:
+        if c.note:
+            continue
+        loads, stores, shared = (
+            c.report.total("global", "load"),
+            c.report.total("global", "store"),
+            c.report.total("shared"),
+        )
+        table.add_row(
+            c.variant,
+            f"{c.report.blocks:,}",
+            f"{loads.bytes / 1e3:,.0f}",
+            f"{loads.units:,}",
+            _over(loads),
+            f"{stores.bytes / 1e3:,.0f}",
+            f"{shared.units:,}",
+            _over(shared),
+            f"{c.report.barriers:,}",
+            f"{c.error:.1e}",
+            c.place,
+        )
+    console.print(table)
+    for c in counts:
+        if c.note:
+            console.print(Text(f"not counted: {c.variant} ({c.place}): {c.note}", "dim"))
+    console.print(
+        "Counted in the emulator, not measured. A sector is 32 bytes of global memory; a turn is one of the 32 banks of "
+        "shared memory at a time. of ideal: what was needed over the least that these bytes could need."
+    )
+
+
+def print_lines(count: Count, console: Console) -> None:
+    """Each line of a variant's kernels, the one that needs most first."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=count.variant, title_justify="left")
+    for heading, justify in (
+        ("line", "left"),
+        ("", "left"),
+        ("requests", "right"),
+        ("KB", "right"),
+        ("units", "right"),
+    ):
+        table.add_column(heading, justify=justify)
+    table.add_column("of ideal", justify="right")
+    for line in sorted(count.report.lines.values(), key=lambda line: (line.memory, -line.units)):
+        unit = "sectors" if line.memory == "global" else "turns"
+        kind = f"{line.memory} {line.kind}"
+        table.add_row(
+            line.place, kind, f"{line.requests:,}", f"{line.bytes / 1e3:,.1f}", f"{line.units:,} {unit}", _over(line)
+        )
+    console.print(table)
+
+
+def _over(t: Traffic) -> str:
+    return f"{t.units / t.ideal:.2f}x" if t.ideal else ""

@@ -1,0 +1,116 @@
+"""The same training on the device `emulated`: dispatch, modules, optimisers, the loop and the scripts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from launch import ROOT, alone
+
+import nanocnn as nc
+from nanocnn.data import Batch
+from nanocnn.kernels import dispatch
+from nanocnn.kernels.cuda.emulated import counting
+from nanocnn.kernels.dispatch import DEVICES, DeviceError, device_of, to_device, xp_of
+from nanocnn.models import lenet5
+from nanocnn.parallel import Alone, GradientAverager
+from nanocnn.train import evaluate, train_step
+
+
+def batches(count=3, images=8):
+    rng = np.random.default_rng(0)
+    for step in range(count):
+        x, y = rng.standard_normal((images, 28, 28, 1)).astype(np.float32), rng.integers(0, 10, images)
+        yield Batch(x, y, np.arange(images), images, 0, step)
+
+
+def trained(device):
+    """LeNet after a few steps: losses, its evaluation, and its parameters on the CPU."""
+    nc.manual_seed(0)
+    model = lenet5().to(device)
+    optimizer = nc.optim.SGD(model.named_parameters(), 0.05, momentum=0.9)
+    averager = GradientAverager(optimizer.buckets, Alone())
+    losses = [train_step(model, batch, optimizer, 0.05, averager).loss for batch in batches()]
+    assert all(p.device == device for p in model.parameters())
+    assert model.device == device
+    return losses, evaluate(model, batches(1), 10, Alone()), model.state_dict()
+
+
+def test_lenet_trains_alike_on_the_emulator():
+    (losses, seen, weights), (other_losses, other_seen, others) = trained("cpu"), trained("emulated")
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-4)
+    assert (other_seen.confusion == seen.confusion).all()
+    for name, array in weights.items():
+        np.testing.assert_allclose(others[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_cuda_kernels_do_the_work():
+    """All of it but the matrix products, which are cuBLAS's on a GPU, and here NumPy's."""
+    for p in dispatch.primitives.values():
+        p.ran.clear()
+    trained("emulated")
+    ran = dispatch.variants_that_ran()
+    assert {name for name, variants in ran.items() if "reference" in variants} == {"matmul"}
+    assert {"conv2d", "conv2d_grad_x", "conv2d_grad_w", "max_pool2d", "relu", "cross_entropy", "sgd_update"} <= set(ran)
+
+
+def test_a_step_is_without_faults():
+    """All kernels of a step, each access checked."""
+    model = lenet5().to("emulated")
+    batch = next(batches(1, images=2))
+    with counting() as report:
+        loss = nc.functional.cross_entropy(model(nc.Tensor(batch.x).to("emulated")), to_device(batch.y, "emulated"))
+        loss.backward()
+    assert report.launches
+    assert all(p.grad is not None and device_of(p.grad) == "emulated" for p in model.parameters())
+
+
+def test_what_numpy_makes_for_the_emulator_is_of_the_emulator():
+    x = to_device(np.ones((2, 3), np.float32), "emulated")
+    xp = xp_of(x)
+    for made in (xp.zeros(3), xp.empty_like(x), xp.where(x > 0, x, 0), xp.arange(4), *xp.divmod(x, 2), xp.pad(x, 1)):
+        assert device_of(made) == "emulated"
+    assert xp.float32 is np.float32
+    assert xp.pi == np.pi
+
+
+def test_arrays_of_two_devices():
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(
+        DeviceError, match=r"Add was given arrays of two devices, cpu and emulated: .*Tensor.to\('cpu'\)"
+    ):
+        nc.Tensor(x) + nc.Tensor(x).to("emulated")
+    model = lenet5().to("emulated")
+    with pytest.raises(DeviceError, match="arrays of two devices"):
+        model(nc.Tensor(np.ones((1, 28, 28, 1), np.float32)))
+
+
+def test_a_script_trains_on_the_emulator(tmp_path):
+    words = [
+        "--data",
+        "shapes",
+        "--device",
+        "emulated",
+        "--width",
+        "0.05",
+        "--epochs",
+        "1",
+        "--train-images",
+        "32",
+        "--batch-size",
+        "16",
+        "--val",
+        "0",
+    ]
+    outcome = alone(ROOT / "experiments" / "alexnet_cifar.py", *words, "--runs", tmp_path, timeout=300)
+    assert outcome.status == 0, outcome.output
+    assert "test images of shapes" in outcome.output
+
+
+def test_a_script_says_what_a_device_lacks():
+    help_text = alone(ROOT / "experiments" / "alexnet_cifar.py", "--help").output
+    assert all(name in help_text for name in DEVICES)
+    outcome = alone(ROOT / "experiments" / "alexnet_cifar.py", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert outcome.status == 2
+    assert "--device cuda: cannot use the device 'cuda'" in outcome.output
+    assert "pip install" in outcome.output
+    assert "'nanocnn[cuda13]'" in outcome.output

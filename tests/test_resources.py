@@ -1,0 +1,44 @@
+"""Every CUDA source compiles for the GPUs that we name, and keeps the budget that is written beside each kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanocnn.kernels.cuda import resources as compilers
+from nanocnn.kernels.cuda.resources import ARCHITECTURES, CompileError, Resources, parse, resources
+from nanocnn.kernels.cuda.source import FOLDER, signatures
+
+SOURCES = sorted(path.name for path in FOLDER.glob("*.cu"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file", SOURCES)
+def test_a_source_keeps_its_budget(file, architecture):
+    found = resources(file, architecture)
+    assert set(found) == set(signatures(file))
+    for name, kernel in signatures(file).items():
+        assert kernel.registers is not None, f"write its budget above {name} in {file}: // at most N registers, ..."
+        used = found[name]
+        assert used.spilled == 0, f"{name} of {file} spills {used.spilled} bytes"
+        assert used.registers <= kernel.registers, f"{name} of {file}"
+        assert used.shared <= kernel.shared, f"{name} of {file}"
+        assert used.registers > kernel.registers - 48, f"{name} of {file}: the budget is far more than it needs"
+
+
+def test_what_the_compiler_says():
+    report = """ptxas info    : Compiling entry function 'a' for 'sm_90'
+ptxas info    : Function properties for a
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 139 registers, used 1 barriers, 16640 bytes smem
+ptxas info    : Compiling entry function 'b' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+    assert parse(report) == {"a": Resources(139, 20, 16640), "b": Resources(32, 0, 0)}
+
+
+def test_a_source_that_does_not_compile(monkeypatch, tmp_path):
+    (tmp_path / "wrong.cu").write_text("__global__ void wrong(float* x) { x[0] = y; }\n")
+    monkeypatch.setattr(compilers, "FOLDER", tmp_path)
+    with pytest.raises(CompileError, match=r'(?s)wrong.cu for sm_90:.*"y" is undefined'):
+        resources("wrong.cu", "sm_90")
