@@ -1,4 +1,4 @@
-"""What the rungs of a ladder ask of a GPU's memory, counted in the emulator: `python -m nanocnn bench --device emulated`.
+"""What the rungs of a ladder ask of a GPU's memory, counted: `python -m nanocnn bench --device emulated`.
 
 A time on the emulator says nothing about a GPU. But loads and stores, sectors, bank conflicts and barriers are the same
 there and here, and most of what separates two rungs is in them.
@@ -124,8 +124,8 @@ def print_counts(counts: Sequence[Count], console: Console) -> None:
         if c.note:
             console.print(Text(f"not counted: {c.variant} ({c.place}): {c.note}", "dim"))
     console.print(
-        "Counted in the emulator, not measured. A sector is 32 bytes of global memory; a turn is one of the 32 banks of "
-        "shared memory at a time. of ideal: what was needed over the least that these bytes could need."
+        "Counted in the emulator, not measured. A sector is 32 bytes of global memory; in a turn each of the 32 banks "
+        "of shared memory gives one word. of ideal: what was needed over the least that these bytes could need."
     )
 
 

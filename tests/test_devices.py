@@ -75,9 +75,7 @@ def test_what_numpy_makes_for_the_emulator_is_of_the_emulator():
 
 def test_arrays_of_two_devices():
     x = np.ones((2, 3), np.float32)
-    with pytest.raises(
-        DeviceError, match=r"Add was given arrays of two devices, cpu and emulated: .*Tensor.to\('cpu'\)"
-    ):
+    with pytest.raises(DeviceError, match=r"Add was given arrays of two devices, cpu and emulated: .*to\('cpu'\)"):
         nc.Tensor(x) + nc.Tensor(x).to("emulated")
     model = lenet5().to("emulated")
     with pytest.raises(DeviceError, match="arrays of two devices"):
@@ -85,23 +83,9 @@ def test_arrays_of_two_devices():
 
 
 def test_a_script_trains_on_the_emulator(tmp_path):
-    words = [
-        "--data",
-        "shapes",
-        "--device",
-        "emulated",
-        "--width",
-        "0.05",
-        "--epochs",
-        "1",
-        "--train-images",
-        "32",
-        "--batch-size",
-        "16",
-        "--val",
-        "0",
-    ]
-    outcome = alone(ROOT / "experiments" / "alexnet_cifar.py", *words, "--runs", tmp_path, timeout=300)
+    words = "--data shapes --device emulated --width 0.05 --epochs 1 --train-images 32 --batch-size 16 --val 0"
+    script = ROOT / "experiments" / "alexnet_cifar.py"
+    outcome = alone(script, *words.split(" "), "--runs", tmp_path, timeout=300)
     assert outcome.status == 0, outcome.output
     assert "test images of shapes" in outcome.output
 

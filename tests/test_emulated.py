@@ -115,7 +115,7 @@ def test_requests_that_lie_together_take_few_sectors():
 
 
 def test_words_of_one_bank_take_turns():
-    """Step 1: each lane its own bank. Step 2: two lanes in each of 16 banks. Step 32: all in one. Step 33: none again."""
+    """Step 1: each lane has its own bank. Step 2: two lanes in each of 16. Step 32: all in one. Step 33: as step 1."""
     turns = {}
     for step in (1, 2, 32, 33):
         x, y = emulated(np.arange(32 * 33), np.zeros(32))

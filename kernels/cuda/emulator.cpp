@@ -241,7 +241,9 @@ static void stuck() {
     for (unsigned i = 0; i < now.threads;) {
         const Fiber& f = now.fibers[i];
         unsigned end = i + 1;
-        auto alike = [&](const Fiber& g) { return g.state == f.state && (f.state == Fiber::RETURNED || same(f.at, g.at)); };
+        auto alike = [&f](const Fiber& g) {
+            return g.state == f.state && (f.state == Fiber::RETURNED || same(f.at, g.at));
+        };
         while (end < now.threads && alike(now.fibers[end])) end++;
         words += "\n  threads " + std::to_string(i) + " to " + std::to_string(end - 1);
         if (f.state == Fiber::RETURNED) words += " have returned";

@@ -1,12 +1,12 @@
 // The matrix product on a GPU, from a loop for each number on. C (m x n) = A (m x k) B (k x n), row by row.
 //
-// Each rung changes where the numbers come from; the multiplications are the same. A number of A is needed by n sums and a
-// number of B by m: the rungs differ in how often it is fetched for them, and from where.
+// Each rung changes where the numbers come from; the multiplications are the same. A number of A is needed by n sums
+// and a number of B by m: the rungs differ in how often it is fetched for them, and from where.
 #include "ptx.cuh"
 
 // ------------------------------------------------------------------ one thread, one sum
 
-// Neighbouring threads take neighbouring rows: what a warp loads from A lies k numbers apart, 32 sectors for 32 numbers.
+// Neighbouring threads take neighbouring rows: what they load from A lies k numbers apart, a sector for each.
 // at most 40 registers, 0 bytes of shared memory
 extern "C" __global__ void gemm_naive(const float* a, const float* b, float* c, int m, int n, int k) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x, column = blockIdx.y * blockDim.y + threadIdx.y;
@@ -104,8 +104,8 @@ gemm_registers(const float* a, const float* b, float* c, int m, int n, int k) {
 #define DEEP 8     // numbers deep
 #define EACH 8     // rows and columns of C that a thread keeps: two groups of four, WIDE / 2 apart
 
-// k and n are multiples of 4. While one pair of tiles is used, the next is on its way to registers and then to the other
-// half of shared memory: one barrier for each.
+// k and n are multiples of 4. While one pair of tiles is used, the next is on its way to registers and then to the
+// other half of shared memory: one barrier for each.
 // at most 144 registers, 16,896 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(256)
 gemm_vectorised(const float* a, const float* b, float* c, int m, int n, int k) {

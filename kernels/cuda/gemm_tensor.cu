@@ -1,8 +1,8 @@
 // The matrix product on tensor cores: C (m x n) = A (m x k) B (k x n), fp16, row by row, sums in fp32.
 //
-// A warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. What remains is to feed it: tiles come by asynchronous
-// copies (cp.async) past the registers into shared memory, STAGES of them on their way at a time, and from there by
-// `ldmatrix`, which hands each lane what the instruction wants of it.
+// A warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. What remains is to feed it: tiles come by
+// asynchronous copies (cp.async) past the registers into shared memory, STAGES of them on their way at a time, and from
+// there by `ldmatrix`, which hands each lane what the instruction wants of it.
 #include "ptx.cuh"
 
 #ifndef STAGES
@@ -78,7 +78,8 @@ gemm_tensor(const half* a, const half* b, half* c, int m, int n, int k) {
         for (int j = 0; j < WARP_N / 8; j++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int r = row + warp_row + i * 16 + lane / 4 + h * 8, s = column + warp_column + j * 8 + lane % 4 * 2;
+                const int r = row + warp_row + i * 16 + lane / 4 + h * 8;
+                const int s = column + warp_column + j * 8 + lane % 4 * 2;
                 if (r < m && s < n)
                     store2(c + (size_t)r * n + s, __floats2half2_rn(sum[i][j][h * 2], sum[i][j][h * 2 + 1]));
             }

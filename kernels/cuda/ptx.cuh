@@ -16,7 +16,7 @@ typedef unsigned long long uint64_t;
 
 #define PTX __device__ __forceinline__
 
-// Several numbers in one instruction; `p` is a multiple of their size. (It needs no PTX, but g++ would take them apart.)
+// Several numbers in one instruction; `p` is a multiple of their size. (No PTX, but g++ would take them apart.)
 PTX float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 PTX void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
 PTX void store2(half* p, half2 v) { *reinterpret_cast<half2*>(p) = v; }
@@ -40,7 +40,8 @@ PTX void ldmatrix_x4_trans(uint32_t* r, const void* row) {
 }
 PTX void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -96,8 +97,10 @@ PTX void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, HERE) {
     for (int e = 0; e < 4; e++) {
         const int row = group + e / 2 * 8, column = pair * 2 + e % 2;
         float sum = 0;
-        for (int k = 0; k < 16; k++)
-            sum += number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) * number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        for (int k = 0; k < 16; k++) {
+            const float of_a = number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2);
+            sum += of_a * number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        }
         c[e] += sum;
     }
 }
