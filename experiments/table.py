@@ -76,7 +76,7 @@ def networks(runs):
 
 
 def layers(runs):
-    """Rows: layers. Columns: for each direction our median in ms, and its ratio to the best of the others."""
+    """Rows: layers. Columns: for each direction our median in ms, and its ratios to PyTorch and to the best of all."""
     cells, share, runs = {}, {}, _here(runs)
     for run in runs:
         for entry in run["layers"]:
@@ -84,11 +84,12 @@ def layers(runs):
             row = cells.setdefault(key, {})
             if entry["direction"] in row:
                 raise TableError(f"two result files measured {', '.join(map(str, key))}: keep one of them")
-            ours, best = entry["rows"][0], _report.best(entry["rows"])
-            row[entry["direction"]] = f"{_ms(ours['median'])} ({_ratio(ours, best)})"
+            rows = entry["rows"]
+            ratios = [_ratio(rows[0], other) for other in (_report.best(rows, "pytorch"), _report.best(rows)) if other]
+            row[entry["direction"]] = f"{_ms(rows[0]['median'])} ({', '.join(ratios)})"
             share[key] = f", batch {run['batch']}, {run['threads']} threads"
     several = len(set(share.values())) > 1
-    header = ["our median in ms (ours / best of the others)", "forward", "gradient of x", "gradient of w"]
+    header = ["our median in ms (ours / PyTorch, ours / best of all)", "forward", "gradient of x", "gradient of w"]
     lines = [
         [key[0] + (share[key] if several else ""), *(row.get(direction, "") for direction in _report.DIRECTIONS)]
         for key, row in cells.items()

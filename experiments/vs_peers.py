@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -293,9 +294,15 @@ class Comparison:
     def write(self):
         """vs_peers.json and vs_peers.png in the folder of --out."""
         folder = Path(self.args.out)
-        (folder / "vs_peers.json").write_text(json.dumps(self.result, indent=1) + "\n")
+        (folder / "vs_peers.json").write_text(as_json(self.result))
         (folder / "vs_peers.png").write_bytes(_report.picture(self.result))
         say(f"\nall times: {folder / 'vs_peers.json'}, picture: {folder / 'vs_peers.png'}")
+
+
+def as_json(result):
+    """JSON for readers: indented, but a list of numbers on one line."""
+    indented = json.dumps(result, indent=1)
+    return re.sub(r"\[[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), indented) + "\n"
 
 
 def without_folder(words):

@@ -79,7 +79,7 @@ def test_tables_are_written_and_checked(page):
     text = page.read_text()
     assert "| AlexNet, training, batch 128 | **50.0 (45.0)** | 200 (180) | 100 (90.0) | 0.25 | 0.50 |" in text
     assert "PyTorch: contiguous, channels_last" in text
-    assert "| 64 -> 64, 32x32, 3x3 |  |  | 3.00 (0.75) |" in text
+    assert "| 64 -> 64, 32x32, 3x3 |  |  | 3.00 (0.75, 0.75) |" in text
     assert "A processor, 2 threads, 2026-01-02" in text
     assert "torch 2.13.0" in text
     assert "`python experiments/vs_peers.py`" in text

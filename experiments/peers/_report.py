@@ -9,7 +9,7 @@ from typing import Any
 MODELS = {"alexnet": "AlexNet", "resnet18": "ResNet-18"}
 MODES = {"train": "training", "infer": "inference"}
 DIRECTIONS = ("forward", "grad_x", "grad_w")
-LAYER = 39  # characters of a layer's name and direction
+LAYER = 40  # characters of a layer's name and direction
 OURS, THEIRS = "#d1495b", "#8d99ae"
 
 Row = dict[str, Any]
@@ -71,7 +71,7 @@ def layer_header(result: dict) -> str:
 
 def layer_line(entry: dict, result: dict) -> str:
     """One layer in one direction."""
-    line = f"{entry['layer']:31}{entry['direction']:8}"
+    line = f"{entry['layer']:{LAYER - 8}}{entry['direction']:8}"
     for name, peer in result["peers"].items():
         row = best(entry["rows"], name)
         line += f"{row['median'] * 1e3:{_column(peer)}.2f}" if row else " " * _column(peer)
