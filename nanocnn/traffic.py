@@ -84,71 +84,42 @@ def print_counts(counts: Sequence[Count], console: Console) -> None:
     """A line for each variant: what it asks of global and of shared memory, and how much more than it would need."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("rung", style="bold", no_wrap=True)
-    headings = (
-        "blocks",
-        "loads, KB",
-        "sectors",
-        "of ideal",
-        "stores, KB",
-        "shared turns",
-        "of ideal",
-        "barriers",
-        "error",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    table.add_column("where", overflow="fold")
+    for heading in ("blocks", "loads, KB", "in sectors", "stores, KB", "shared, turns", "barriers", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for c in counts:
         if c.note:
             continue
-        loads, stores, shared = (
-            c.report.total("global", "load"),
-            c.report.total("global", "store"),
-            c.report.total("shared"),
-        )
-        table.add_row(
-            c.variant,
-            f"{c.report.blocks:,}",
+        loads, stores = c.report.total("global", "load"), c.report.total("global", "store")
+        figures = (
             f"{loads.bytes / 1e3:,.0f}",
-            f"{loads.units:,}",
-            _over(loads),
+            _units(loads),
             f"{stores.bytes / 1e3:,.0f}",
-            f"{shared.units:,}",
-            _over(shared),
-            f"{c.report.barriers:,}",
-            f"{c.error:.1e}",
-            c.place,
+            _units(c.report.total("shared")),
         )
+        table.add_row(c.variant, f"{c.report.blocks:,}", *figures, f"{c.report.barriers:,}", f"{c.error:.1e}")
     console.print(table)
     for c in counts:
         if c.note:
             console.print(Text(f"not counted: {c.variant} ({c.place}): {c.note}", "dim"))
     console.print(
         "Counted in the emulator, not measured. A sector is 32 bytes of global memory; in a turn each of the 32 banks "
-        "of shared memory gives one word. of ideal: what was needed over the least that these bytes could need."
+        "of shared memory gives one word. Behind each, how many times the least for as many bytes; less than 1 where "
+        "lanes share what they load."
     )
 
 
 def print_lines(count: Count, console: Console) -> None:
     """Each line of a variant's kernels, the one that needs most first."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=count.variant, title_justify="left")
-    for heading, justify in (
-        ("line", "left"),
-        ("", "left"),
-        ("requests", "right"),
-        ("KB", "right"),
-        ("units", "right"),
-    ):
-        table.add_column(heading, justify=justify)
-    table.add_column("of ideal", justify="right")
+    table.add_column("line")
+    table.add_column("")
+    for heading in ("requests", "KB", "sectors, turns"):
+        table.add_column(heading, justify="right")
     for line in sorted(count.report.lines.values(), key=lambda line: (line.memory, -line.units)):
-        unit = "sectors" if line.memory == "global" else "turns"
-        kind = f"{line.memory} {line.kind}"
-        table.add_row(
-            line.place, kind, f"{line.requests:,}", f"{line.bytes / 1e3:,.1f}", f"{line.units:,} {unit}", _over(line)
-        )
+        figures = f"{line.requests:,}", f"{line.bytes / 1e3:,.1f}", _units(line)
+        table.add_row(line.place, f"{line.memory} {line.kind}", *figures)
     console.print(table)
 
 
-def _over(t: Traffic) -> str:
-    return f"{t.units / t.ideal:.2f}x" if t.ideal else ""
+def _units(t: Traffic) -> str:
+    return f"{t.units:,} {t.units / t.ideal:4.2f}x" if t.ideal else ""

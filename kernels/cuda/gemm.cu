@@ -62,7 +62,7 @@ gemm_tiled(const float* a, const float* b, float* c, int m, int n, int k) {
 // at most 80 registers, 8,448 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
 gemm_registers(const float* a, const float* b, float* c, int m, int n, int k) {
-    __shared__ float tile_a[BLOCK_K][BLOCK_M + 1], tile_b[BLOCK_K][BLOCK_N];  // one more: a column in different banks
+    __shared__ float tile_a[BLOCK_K][BLOCK_M + 2], tile_b[BLOCK_K][BLOCK_N];  // + 2: a column lies in many banks
     const int t = threadIdx.x, row = blockIdx.y * BLOCK_M, column = blockIdx.x * BLOCK_N;
     const int y = t / (BLOCK_N / THREAD_N) * THREAD_M, x = t % (BLOCK_N / THREAD_N);
     float sum[THREAD_M][THREAD_N] = {};
