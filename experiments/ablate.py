@@ -200,7 +200,7 @@ def write(folder: Path, groups: dict[str, list[Row]], facts: dict[str, Any]) -> 
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    facts = facts | dict(command=sys.argv[1:], machine=machine_facts(), configurations=whole)
+    facts = facts | dict(command=common.without_folder(sys.argv[1:]), machine=machine_facts(), configurations=whole)
     (folder / "ablation.json").write_text(json.dumps(facts, indent=1, default=str))
 
 

@@ -160,6 +160,12 @@ def _number(word, kind, allowed, expected):
     return value
 
 
+def without_folder(words: list[str]) -> list[str]:
+    """The words of a command line without `--out DIR`, which changes no figure."""
+    kept = [word for word in words if not word.startswith("--out=")]
+    return [word for before, word in zip(["", *kept], kept, strict=False) if "--out" not in (before, word)]
+
+
 # ------------------------------------------------------------------ what is made from the options
 
 

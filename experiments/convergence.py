@@ -42,7 +42,6 @@ import common  # isort: skip  (beside this file)
 import peers  # isort: skip
 from peers import _networks  # isort: skip
 from peers._report import MODELS  # isort: skip
-from vs_peers import without_folder  # isort: skip
 
 EXAMPLES = """examples:
   python experiments/convergence.py --quick                          does it work? accuracies that mean nothing
@@ -387,7 +386,7 @@ def compare(args: argparse.Namespace) -> None:
     result: dict[str, Any] = dict(
         kind="convergence",
         status="unfinished",
-        command=shlex.join(["python", "experiments/convergence.py", *without_folder(sys.argv[1:])]),
+        command=shlex.join(["python", "experiments/convergence.py", *common.without_folder(sys.argv[1:])]),
         date=time.strftime("%Y-%m-%d"),
         threads=threads.count(),
         machine=dict(

@@ -121,6 +121,8 @@ def train(task: dict[str, Any], pipe: Any) -> None:
             while steps := pipe.recv():
                 pipe.send(training.take(steps))
             pipe.send(training.sample())
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone: there is nobody to tell
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 

@@ -187,7 +187,8 @@ def main():
         sys.exit(f"{args.readme}: {error}")
     if args.check:
         if new != old:
-            sys.exit(f"{args.readme} is not what the result files say: run python experiments/table.py")
+            command = f"python experiments/table.py --readme {args.readme}"
+            sys.exit(f"{args.readme} is not what the result files say: run {command}")
     else:
         args.readme.write_text(new)
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import peers  # isort: skip  (beside this file)
-from peers._process import PeerFailed, Process  # isort: skip  (keeps a copy of the environment before it changes)
+from peers._process import ENVIRONMENT, KEPT, PeerFailed, Process  # isort: skip  (keeps a copy of the environment before it changes)
 import nanocnn as nc  # isort: skip  (before NumPy, for whose BLAS it sets variables)
 
 import numpy as np
@@ -145,13 +145,14 @@ class Comparison:
         machine = machine_facts()
         self.result = dict(
             kind="vs_peers",
-            command=shlex.join(["python", "experiments/vs_peers.py", *without_folder(sys.argv[1:])]),
+            command=shlex.join(["python", "experiments/vs_peers.py", *common.without_folder(sys.argv[1:])]),
             date=time.strftime("%Y-%m-%d"),
             commit=commit(),
             threads=args.threads,
             batch=args.batch,
             width=args.width,
             rounds=args.rounds,
+            environment={k: v for k, v in sorted(ENVIRONMENT.items()) if KEPT.match(k) and k != "NUMBA_CACHE_DIR"},
             machine=dict(
                 processor=machine["processor"],
                 memory=machine["memory"]["total"],
@@ -171,6 +172,8 @@ class Comparison:
             say(f"  {peers.load(name).TITLE}: {words}")
         if absent:
             say(f"  not taking part: {', '.join(absent)}")
+        if args.quick:
+            say("  --quick: that it works is all that this run shows; its figures mean nothing")
 
     def skip(self, name, setting, reason):
         say(f"  skipped: {name} ({setting}): {reason}")
@@ -303,12 +306,6 @@ def as_json(result):
     """JSON for readers: indented, but a list of numbers on one line."""
     indented = json.dumps(result, indent=1)
     return re.sub(r"\[[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), indented) + "\n"
-
-
-def without_folder(words):
-    """The words of a command line without `--out DIR`, which changes no figure."""
-    kept = [word for word in words if not word.startswith("--out=")]
-    return [word for before, word in zip(["", *kept], kept, strict=False) if "--out" not in (before, word)]
 
 
 def commit():

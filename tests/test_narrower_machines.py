@@ -1,4 +1,4 @@
-"""Machines with narrower vectors than this one's: compiled for them by force, everything runs and is right.
+"""Machines with narrower vectors than this one's: compiled for them by force, what runs there is right.
 
 What Numba compiles for is settled when it is imported, so each target has a process of its own, and an empty cache.
 Compiling takes the time, half as long as all other tests together. So of every variant there is one call, on one of the
@@ -50,7 +50,7 @@ def test_vectors_and_the_register_tile(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_variant_and_a_training_step(target, tmp_path):
+def test_variants_and_a_training_step(target, tmp_path):
     """By `check` below."""
     *_, part, dtype = NARROWER[target]
     output = run_for(target, tmp_path, __file__, part, dtype)

@@ -15,7 +15,10 @@ sys.path.insert(0, str(ROOT / "experiments" / "notebooks"))
 
 from execute import NOTEBOOKS, execute  # noqa: E402
 
+from nanocnn.kernels import dispatch  # noqa: E402
+
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+RUNG = re.compile(r"^ (\w+) .* (conv2d\w*\.py):\d+", re.M)  # a line of the ladder: name and file
 LARGEST = 400_000  # bytes: a page that a browser and a pull request show at once
 
 
@@ -49,6 +52,15 @@ def test_runs_and_shows_what_is_committed(path):
         if not has(now, "measured") and not has(now, "exercise"):  # whose error is worded by Python
             assert printed(before) == printed(now), f"run experiments/notebooks/execute.py:\n{now.source}"
     assert exercises_of(fresh) == exercises_of(committed)
+
+
+def test_the_rungs_that_are_shown_are_on_the_board():
+    """Measured cells are not compared with what is committed, for their times differ; their rungs must be there."""
+    cells = code_cells(nbformat.read(ROOT / "experiments" / "notebooks" / "convolution.ipynb", as_version=4))
+    shown = {row for cell in cells for row in RUNG.findall(printed(cell))}
+    variants = dispatch.primitives["conv2d"].variants.values()
+    assert shown <= {(v.name, v.place.partition(":")[0]) for v in variants}
+    assert len(shown) >= 6
 
 
 def exercises_of(notebook):

@@ -93,7 +93,7 @@ def test_tables_are_written_and_checked(page):
     save(page.parent, "a.json", result(networks=[{**TRAIN, "mode": "infer"}]))
     outcome = table(page, "--check")
     assert outcome.returncode == 1
-    assert "run python experiments/table.py" in outcome.stderr
+    assert f"run python experiments/table.py --readme {page}" in outcome.stderr
 
 
 def test_runs_with_another_batch_make_one_table(page):
@@ -119,6 +119,13 @@ def test_ours_over_pytorch_has_a_column_for_each_folder(page):
     assert "narrow" not in text[len(first) :]
     save(page.parent / "narrow", "b.json", result(networks=[TRAIN]))
     assert "two result files measured AlexNet, training, batch 128, 2 threads, narrow: keep one" in table(page).stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_the_pages_say_what_the_result_files_say(name):
+    command = [sys.executable, ROOT / "experiments" / "table.py", "--readme", ROOT / name, "--check"]
+    outcome = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr
 
 
 def test_bad_input_is_named_and_nothing_written(page):

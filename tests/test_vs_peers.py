@@ -199,7 +199,7 @@ def test_bad_options_are_named(script, monkeypatch, capsys, tmp_path):
 
 def test_the_command_is_kept_without_its_folder(script):
     words = ["--quick", "--out", "there", "--batch", "4", "--out=here"]
-    assert script.without_folder(words) == ["--quick", "--batch", "4"]
+    assert script.common.without_folder(words) == ["--quick", "--batch", "4"]
 
 
 def test_a_peer_that_is_not_installed_is_left_out_unless_it_is_asked_for(script, monkeypatch, tmp_path):
