@@ -11,6 +11,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+NEEDS_GXX = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX") or "g++") is None, reason="no g++ to compile CUDA kernels for the emulator"
+)
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "mpi"
 LAUNCHER_WORDS = ("PMI", "MPI_", "OMPI_", "PMIX_", "HYD", "SLURM_", "MV2_", "NANOCNN_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import ROOT, alone
+from launch import NEEDS_GXX, ROOT, alone
 
 import nanocnn as nc
 from nanocnn.data import Batch
@@ -14,6 +14,8 @@ from nanocnn.kernels.dispatch import DEVICES, DeviceError, device_of, to_device,
 from nanocnn.models import lenet5
 from nanocnn.parallel import Alone, GradientAverager
 from nanocnn.train import evaluate, train_step
+
+pytestmark = NEEDS_GXX
 
 
 def batches(count=3, images=8):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import alone
+from launch import NEEDS_GXX, alone
 
 from nanocnn.kernels.cuda.emulated import KernelError, counting
 from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import DeviceError, device_of, to_device
 
+pytestmark = NEEDS_GXX
 PLANTED = Path(__file__).parent / "planted.cu"
 
 

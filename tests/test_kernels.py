@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import NEEDS_GXX
 
 from nanocnn.kernels import dispatch
 from nanocnn.kernels.cuda.emulated import counting
@@ -80,6 +81,7 @@ def test_variant_equals_reference(primitive, variant, dtype):
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 
 
+@NEEDS_GXX
 @pytest.mark.parametrize(("primitive", "variant"), CUDA_VARIANTS, ids=lambda v: v)
 def test_cuda_variant_equals_reference(primitive, variant):
     """In the emulator, which checks every access: bounds, races, barriers, memory that nobody has written."""

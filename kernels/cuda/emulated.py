@@ -323,16 +323,19 @@ def counting() -> Iterator[Report]:
         _traffic = before
 
 
+_names: dict[ctypes.CDLL, Any] = {}
+
+
 def _watch(code: ctypes.CDLL, kernel: Signature, args: Sequence[Any], dynamic: np.ndarray) -> None:
     """Tell the library which memory the kernel may touch."""
-    known = {}
+    known: dict[tuple[int, int], bytes] = {}
     for p, a in zip(kernel.parameters, args, strict=True):
         if _is_array(a):
             known.setdefault((a.ctypes.data, a.nbytes), f"{p.name} ({a.dtype}{list(a.shape)})".encode())
     count = len(known)
     begins = (ctypes.c_void_p * count)(*(begin for begin, _ in known))
     sizes = (ctypes.c_size_t * count)(*(size for _, size in known))
-    code.names = names = (ctypes.c_char_p * count)(*known.values())  # the library keeps the pointers
+    names = _names[code] = (ctypes.c_char_p * count)(*known.values())  # the library has pointers into it
     code.emulator_watch(count, begins, sizes, names, _pointer(dynamic), ctypes.c_size_t(dynamic.nbytes))
 
 

@@ -9,6 +9,7 @@ whose parameters say `real*` is compiled for the dtype of the arrays that it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +39,7 @@ class Kernel:
             raise ValueError(f"{self.file} has no kernel {self.name!r}; there are: {', '.join(found)}")
         return found[self.name]
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], *args: Any, shared: int = 0) -> None:
+    def __call__(self, grid: Sequence[int], block: Sequence[int], *args: Any, shared: int = 0) -> None:
         """Run it on `grid` blocks of `block` threads (x, y, z) with `shared` bytes of dynamic shared memory.
 
         Arrays, of one device, must be C-contiguous and of the type that the kernel's pointer has; None is a null
@@ -56,7 +57,7 @@ class Kernel:
             raise TypeError(f"{self.name} takes arrays of {', '.join(map(str, REALS))}; got {real}")
         checked = [_argument(self.name, p, a, real) for p, a in zip(parameters, args, strict=True)]
         defines = tuple(sorted({**self.defines, **({"REAL": REALS[real]} if real else {})}.items()))
-        grid, block = (tuple((*map(int, size), 1, 1)[:3]) for size in (grid, block))
+        grid, block = _three(grid), _three(block)
         if min(*grid, *block) < 1 or np.prod(block) > MOST_THREADS:
             raise ValueError(
                 f"{self.name}: {grid} blocks of {block} threads; expected 1 or more, {MOST_THREADS} threads at most"
@@ -86,6 +87,11 @@ def reals(*args: Any, **kwargs: Any) -> bool:
     """What a variant supports whose kernels take `real*`: float arrays, not empty, all of one such dtype."""
     arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and a.dtype.kind == "f" and a.ndim]
     return bool(arrays) and all(a.dtype == arrays[0].dtype and a.size for a in arrays) and arrays[0].dtype in REALS
+
+
+def _three(size: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = (*map(int, size), 1, 1)[:3]
+    return x, y, z
 
 
 def one_each(count: int, threads: int = 256) -> tuple[tuple[int], tuple[int]]:
