@@ -152,7 +152,7 @@ def rungs(names: Sequence[str], fixed: dict[str, str]) -> list[Configuration]:
 
 
 def _on_cpu(primitive: dispatch.Primitive) -> dict[str, dispatch.Variant]:
-    return {v.name: v for v in primitive.variants.values() if v.device in (None, "cpu")}
+    return primitive.rungs("cpu")
 
 
 # ------------------------------------------------------------------ the table and the files

@@ -396,10 +396,14 @@ class Primitive:
         self.count_work = count
         return count
 
+    def rungs(self, device: str) -> dict[str, Variant]:
+        """The variants for arrays of a device, in the order of the ladder."""
+        return {name: v for name, v in self.variants.items() if v.runs_on(device)}
+
     def candidates(self, *args: Any, **kwargs: Any) -> list[Variant]:
         """The variants that can do this call, in the order of the ladder."""
         device = device_of_call(args, kwargs)
-        return [v for v in self.variants.values() if v.runs_on(device) and v.supports(*args, **kwargs)]
+        return [v for v in self.rungs(device).values() if v.supports(*args, **kwargs)]
 
     def choose(self, *args: Any, **kwargs: Any) -> Variant:
         """The variant that a call with these arguments runs. Raises ChoiceError if an explicit choice cannot."""

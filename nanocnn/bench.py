@@ -123,7 +123,7 @@ def ladder(
     results, runs = [], []
     say(f"{p.name}: the reference in float64")
     want = outputs(p, p.variants["reference"], *in_float64(args, kwargs))
-    for variant in (v for v in p.variants.values() if v.runs_on(device)):
+    for variant in p.rungs(device).values():
         about = (variant.__doc__ or "").strip().partition("\n")[0]
         result = Result(p.name, variant.name, about, variant.place, flops, moved)
         results.append(result)

@@ -15,7 +15,7 @@ from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
 
 CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
-VARIANTS = list(dict.fromkeys(name for p in CONVOLUTIONS for name in dispatch.primitives[p].variants))
+VARIANTS = list(dict.fromkeys(name for p in CONVOLUTIONS for name in dispatch.primitives[p].rungs("cpu")))
 
 
 SIZES, GROUPS, FEW = st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
@@ -249,14 +249,14 @@ def test_the_gradient_of_weights_is_written_where_the_caller_wants_it():
     for x, shape, geometry in _gradient_calls():
         gy = conv.conv2d(x, np.ones(shape, np.float32), *geometry)
         expected = conv.conv2d_grad_w.variants["reference"].body(gy, x, shape, *geometry)
-        for name, variant in conv.conv2d_grad_w.variants.items():
+        for name, variant in conv.conv2d_grad_w.rungs("cpu").items():
             memory_of_mine = np.full(shape, np.nan, np.float32)
             if not variant.supports(gy, x, shape, *geometry, out=memory_of_mine):
                 continue
             assert variant.body(gy, x, shape, *geometry, out=memory_of_mine) is memory_of_mine
             np.testing.assert_allclose(memory_of_mine, expected, rtol=1e-3, atol=1e-3, err_msg=name)
             ran.add(name)
-    assert ran == set(conv.conv2d_grad_w.variants)
+    assert ran == set(conv.conv2d_grad_w.rungs("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_the_gradient_of_weights_is_written_where_the_caller_wants_it():
 def test_memory_that_does_not_fit_is_refused(out, message):
     x, shape, geometry = next(_gradient_calls())
     gy = conv.conv2d(x, np.ones(shape, np.float32), *geometry)
-    variants = dict(conv.conv2d_grad_w.variants)
+    variants = conv.conv2d_grad_w.rungs("cpu")
     del variants["reference"]  # it writes to any memory of that shape
     able = [v for v in variants.values() if v.supports(gy, x, shape, *geometry, out=out)]
     assert {v.name for v in able} >= {"loops", "blocked", "direct", "few_channels", "winograd2", "winograd4"}
@@ -315,11 +315,11 @@ def test_unaligned_arrays():
         for name, args in calls.items():
             odd = [_unaligned(a) if isinstance(a, np.ndarray) else a for a in args]
             assert not odd[0].flags.aligned
-            variants = dispatch.primitives[name].variants
+            variants = dispatch.primitives[name].rungs("cpu")
             expected = variants["reference"].body(*args, *geometry)
             for variant in variants.values():
                 if variant.supports(*odd, *geometry):
                     y = variant.body(*odd, *geometry)
                     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3, err_msg=f"{name}:{variant.name}")
                     ran.add((name, variant.name))
-    assert ran == {(name, v) for name in CONVOLUTIONS for v in dispatch.primitives[name].variants}
+    assert ran == {(name, v) for name in CONVOLUTIONS for v in dispatch.primitives[name].rungs("cpu")}

@@ -22,7 +22,7 @@ CASES = {
 }
 DTYPES = (np.float32, np.float64)
 TOLERANCES = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
-CUDA_DTYPES = (*DTYPES, np.float16)
+CUDA_DTYPES = (np.float64, np.float16)  # and float32 where a kernel has only that
 OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
 VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cpu"]
 CUDA_VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cuda"]
@@ -87,7 +87,9 @@ def test_cuda_variant_equals_reference(primitive, variant):
     """In the emulator, which checks every access: bounds, races, barriers, memory that nobody has written."""
     p = OURS[primitive]
     compared = 0
-    for dtype in CUDA_DTYPES:
+    for dtype in (*CUDA_DTYPES, np.float32):
+        if dtype == np.float32 and compared:
+            break  # the same source as for float64, to a looser tolerance; tests/test_devices.py trains with it
         for args, kwargs in CASES[primitive](np.random.default_rng(7), dtype):
             given = on_emulator((args, kwargs))
             if p.variants[variant] not in p.candidates(*given[0], **given[1]):
