@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,16 @@ def test_no_compiler(monkeypatch, tmp_path):
         DeviceError, match=r"compiles CUDA kernels with g\+\+, and there is none: apt-get install g\+\+"
     ):
         kernel("adds", ANOTHER=1)((1,), (64,), x, x, x, 64)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x, y = emulated(np.arange(64), np.zeros(64))
+    kernel("adds", A_THIRD=1)((1,), (64,), x, x, y, 64)
+    np.testing.assert_array_equal(y, 2 * x)
+    assert list(tmp_path.glob("nanocnn-*/emulated/planted-*.so"))
 
 
 def test_a_source_that_does_not_compile(monkeypatch, tmp_path):

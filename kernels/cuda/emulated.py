@@ -69,9 +69,15 @@ def _checked_compiler(path: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $NANOCNN_CACHE, or ~/.cache/nanocnn."""
-    root = Path(os.environ.get("NANOCNN_CACHE") or Path.home() / ".cache" / "nanocnn")
-    return root / "emulated"
+    """Where compiled kernels are kept: $NANOCNN_CACHE, or ~/.cache/nanocnn; else with temporary files."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder, or none that may be written to
+        folder = Path(os.environ.get("NANOCNN_CACHE") or Path.home() / ".cache" / "nanocnn") / "emulated"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    folder = Path(tempfile.gettempdir(), f"nanocnn-{os.getuid()}", "emulated")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 FLAGS = ("-std=c++17", "-fPIC", "-w", "-fvisibility=hidden", "-march=native", f"-I{FOLDER}")
@@ -117,7 +123,6 @@ def _kept(name: str, depends_on: list[str], make: Callable[[Path], None]) -> Pat
     key = hashlib.sha256("\0".join([*depends_on, compiler(), _processor()]).encode()).hexdigest()[:20]
     path = cache_folder() / f"{Path(name).stem}-{key}{Path(name).suffix}"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
             make(made)
