@@ -20,8 +20,6 @@
 #define PITCH_A (BLOCK_K + 8)  // numbers from row to row: 8 rows of 16 bytes then lie in different banks
 #define PITCH_T (BLOCK_M + 8)  // of the left tile where it lies transposed
 #define PITCH_B (BLOCK_N + 8)
-#define SHARED_FORWARD (STAGES * (BLOCK_M * PITCH_A + BLOCK_K * PITCH_B) * 2)  // bytes
-#define SHARED_GRAD_W (STAGES * BLOCK_K * (PITCH_T + PITCH_B) * 2)
 #define OUTSIDE (-(1 << 30))   // a row of an image where no kernel reaches back into it
 
 __device__ __forceinline__ float2 plus(float2 v, const half* more) {

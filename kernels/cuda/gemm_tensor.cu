@@ -15,7 +15,6 @@
 #define WARP_N 32
 #define PITCH_A (BLOCK_K + 8)  // numbers from row to row: 8 rows of 16 bytes then lie in different banks
 #define PITCH_B (BLOCK_N + 8)
-#define SHARED_BYTES (STAGES * (BLOCK_M * PITCH_A + BLOCK_K * PITCH_B) * 2)
 
 // k and n are multiples of 8: 16 bytes are copied at once.
 // at most 168 registers, 0 bytes of shared memory
