@@ -171,7 +171,7 @@ def launch(
     shared: int,
     args: Sequence[Any],
 ) -> None:
-    """Run a kernel on arrays and NumPy's numbers; `shared` in bytes. Raises KernelError on what the emulator refuses."""
+    """Run a kernel on arrays and NumPy's numbers; `shared` in bytes. Raises KernelError on what must not be."""
     report = _traffic
     code = library(file, defines, report is not None)
     dynamic = _aligned(shared)
