@@ -15,7 +15,7 @@ from .memory import contiguous, empty, empty_like
 from .random import philox_blocks, random_bits
 
 
-def _threshold(p):
+def threshold(p):
     """An element is kept where its 32 random bits are at least this."""
     return min(round(p * 2**32), 2**32 - 1)
 
@@ -31,7 +31,7 @@ def dropout(x, samples, p, place):
     `place`, int64, are the seed, epoch and stream of `random_bits`.
     """
     xp = xp_of(x)
-    mask = random_bits(samples, x.shape[1], *place.tolist()) >= _threshold(p)
+    mask = random_bits(samples, x.shape[1], *place.tolist()) >= threshold(p)
     return xp.where(mask, x * _scale(p, x.dtype), x.dtype.type(0)), mask.astype(xp.uint8)
 
 
@@ -39,7 +39,7 @@ def dropout(x, samples, p, place):
 def dropout_numba(x, samples, p, place):
     """draws and applies in one pass, 1 KB of random bits at a time; parallel over samples"""
     y, mask = empty_like(x), empty(x.shape, np.uint8)
-    _dropout(contiguous(x), samples, place, np.uint32(_threshold(p)), _scale(p, x.dtype), y, mask)
+    _dropout(contiguous(x), samples, place, np.uint32(threshold(p)), _scale(p, x.dtype), y, mask)
     return y, mask
 
 

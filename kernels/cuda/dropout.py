@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..dropout import _threshold, dropout, dropout_grad
+from ..dropout import dropout, dropout_grad, threshold
 from ..random import random_bits
 from .launch import Kernel, contiguous, empty, one_each, reals
 
@@ -51,7 +51,7 @@ def _rows_and_samples(x, samples, p, place):
 def _dropout(kernel, launch, x, samples, p, place):
     y, mask = empty(x, x.shape), empty(x, x.shape, np.uint8)
     arrays = contiguous(x), _numbers(samples), contiguous(place), y, mask
-    kernel(*launch, *arrays, x.shape[1], _threshold(p), _scale(p))
+    kernel(*launch, *arrays, x.shape[1], threshold(p), _scale(p))
     return y, mask
 
 
