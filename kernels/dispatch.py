@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from .emulated_array import Emulated, emulated_numpy
+
 POLICIES = {
     "fastest": "the last variant of each ladder that supports the arguments: a fixed rule, alike on every rank and run",
     "tuned": "measure the variants once for each shape and keep the answer in a file",
@@ -53,41 +55,10 @@ DEVICES = {
 }
 
 
-class Emulated(np.ndarray):
-    """An array of the device `emulated`, in the host's memory: what NumPy computes with it is of this device too."""
-
-    def get(self) -> np.ndarray:
-        """A copy on the CPU, as CuPy's arrays have it."""
-        return np.array(self)
-
-
-class _EmulatedNumPy:
-    """NumPy, whose new arrays are of the device `emulated`: what `cupy` is to `cuda`."""
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(np, name)
-        if isinstance(found, type) or not callable(found):
-            return found
-
-        def on_the_device(*args: Any, **kwargs: Any) -> Any:
-            result = found(*args, **kwargs)
-            return tuple(map(_emulated, result)) if isinstance(result, tuple) else _emulated(result)
-
-        setattr(self, name, on_the_device)
-        return on_the_device
-
-
-def _emulated(value: Any) -> Any:
-    return value.view(Emulated) if isinstance(value, np.ndarray) else value
-
-
-_emulated_numpy = _EmulatedNumPy()
-
-
 def xp_of(array: Any):
     """The module that made `array`, `numpy` or `cupy`; for the device `emulated`, one that does as NumPy does."""
     if isinstance(array, Emulated):
-        return _emulated_numpy
+        return emulated_numpy
     if isinstance(array, np.ndarray | np.generic):
         return np
     if type(array).__module__.partition(".")[0] == "cupy":
@@ -124,7 +95,7 @@ def to_device(array: Any, device: str):
     if device == "cpu":
         return array
     if device == "emulated":
-        return _emulated(np.array(array, order="C"))
+        return emulated_numpy.array(array, order="C")
     try:
         import cupy
 

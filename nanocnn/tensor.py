@@ -311,7 +311,7 @@ def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
     if like is not None and isinstance(x, int | float | np.generic):
         number = x.item() if isinstance(x, np.generic) else x
         fits = like.dtype.kind == "f" or isinstance(number, int)
-        return Tensor(xp_of(like.data).asarray(number, dtype=like.dtype if fits else np.float32))
+        return Tensor(xp_of(like.data).full((), number, like.dtype if fits else np.float32))
     return Tensor(x)
 
 

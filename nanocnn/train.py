@@ -12,7 +12,7 @@ import numpy as np
 
 from . import functional as F
 from . import random
-from .capture import Captured, CaptureError, capture
+from .capture import CaptureError, capture
 from .data import Batch
 from .kernels import dispatch
 from .kernels.dispatch import Switch, span, to_device
@@ -26,7 +26,7 @@ graph = Switch(
     "graph",
     "how a training step of a process alone reaches its kernels",
     off="through Python, op by op",
-    on="the kernel calls of forward and backward are recorded once, and made again (capture.py)",
+    on="forward and backward are recorded once and made again: calls of kernels; on a GPU, a CUDA graph (capture.py)",
 )
 
 
@@ -89,12 +89,12 @@ def train_step(
     return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
 
 
-_recordings: WeakKeyDictionary[Module, tuple[list, Captured]] = WeakKeyDictionary()  # with what they were made for
+_recordings: WeakKeyDictionary[Module, tuple[list, Any]] = WeakKeyDictionary()  # with what they were made for
 
 
 def _recorded(
     model: Module, function: Callable[..., Any], batch: Batch, label_smoothing: float, averager: GradientAverager
-) -> Captured:
+) -> Callable[..., Any]:
     """The function, captured: once for each model, and anew if anything has changed that is not in the arrays."""
     key: list[Any] = [averager, batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size]
     key += [label_smoothing, dispatch.choices_in_force()]
@@ -105,7 +105,7 @@ def _recorded(
     if captured is None or made_for != key:
         _recordings.pop(model, None)  # its memory is for the next one
         try:
-            captured = capture(function, batch.x, batch.y)
+            captured = capture(function, *(to_device(a, model.device) for a in (batch.x, batch.y)))
         except CaptureError as error:
             error.add_note("(the switch graph=off trains without capturing)")
             raise

@@ -112,6 +112,17 @@ def _built(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> Pa
     return _kept(f"{Path(file).stem}.so", [with_includes(file), *(path.name for path in own), *options, *macros], make)
 
 
+@cache
+def host_library(source: str) -> ctypes.CDLL:
+    """A .cpp file of this folder as a shared library: what stands in for a library of NVIDIA's."""
+    options = [*FLAGS, "-O3", "-ffast-math"]
+
+    def make(out: Path) -> None:
+        _run([compiler(), *options, "-shared", str(FOLDER / source), "-o", str(out)], source)
+
+    return ctypes.CDLL(str(_kept(f"{Path(source).stem}.so", [with_includes(source), *options], make)))
+
+
 def _of_the_emulator(name: str, options: list[str]) -> Path:
     """A part of the emulator, compiled once for all kernels."""
     source = FOLDER / name

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import emulated
@@ -66,7 +67,9 @@ class Kernel:
         if len(devices) != 1 or devices == {"cpu"}:
             raise DeviceError(f"{self.name} needs arrays of one device, 'cuda' or 'emulated'; got {sorted(devices)}")
         if devices == {"emulated"}:
-            emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
+            emulated_array.change(
+                lambda: emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
+            )
         else:
             self._for_the_gpu(defines, shared)(grid, block, tuple(checked), shared_mem=shared)
 

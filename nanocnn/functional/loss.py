@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels import softmax as kernels
-from ..kernels.dispatch import aside, xp_of
+from ..kernels.dispatch import aside, device_of, to_device, xp_of
 from ..tensor import Op, Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -85,26 +85,31 @@ def _check_reduction(name: str, reduction: str, size: int) -> None:
 
 
 def _check_labels(logits: Tensor, labels: Any) -> Any:
-    """`labels` as an int64 array (N,), every one a class."""
+    """`labels` as an int64 array (N,), every one a class.
+
+    Labels that lie on a GPU are not looked at, which would make the host wait for it: one that is no class makes the
+    loss NaN there.
+    """
     if logits.ndim != 2:
         raise ValueError(f"cross_entropy of logits of shape {logits.shape}: expected (N, classes)")
     rows, classes = logits.shape
-    xp = xp_of(logits.data)
-    labels = xp.asarray(labels.data if isinstance(labels, Tensor) else labels)
+    labels = labels.data if isinstance(labels, Tensor) else labels
+    there = hasattr(labels, "dtype") and device_of(labels) != "cpu"
+    labels = labels if there else np.asarray(labels)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"cross_entropy: labels of dtype {labels.dtype}, expected integers, one class for each row")
     if labels.shape != (rows,):
         raise ValueError(
             f"cross_entropy: labels of shape {labels.shape} for logits of shape {logits.shape}, expected ({rows},)"
         )
-    bad = (labels < 0) | (labels >= classes)
-    if bad.any():
+    if not there and (bad := (labels < 0) | (labels >= classes)).any():
         row = int(bad.argmax())
         raise ValueError(
             f"cross_entropy: label {int(labels[row])} in row {row} is no class: expected 0 to {classes - 1} for "
             f"logits of shape {logits.shape}"
         )
-    return labels if labels.dtype == np.int64 else aside(_as_int64, labels)
+    labels = labels if labels.dtype == np.int64 else aside(_as_int64, labels)
+    return labels if there else to_device(labels, logits.device)
 
 
 def _as_int64(labels: Any) -> Any:
