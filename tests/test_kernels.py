@@ -96,7 +96,7 @@ def test_cuda_variant_equals_reference(primitive, variant):
                 continue
             with counting() as report:
                 assert_equals_reference(primitive, variant, *given)
-            assert report.blocks, "no kernel ran"
+            assert report.blocks or variant == "cublas", "no kernel ran"
             compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 

@@ -110,7 +110,6 @@ def test_buffers_are_used_again(machine):
 
 @pytest.mark.parametrize("machine", [0], indirect=True)
 def test_the_next_batch_is_on_its_way_before_this_one_is_used(machine):
-    made, _ = machine
     sent = []
 
     def counted():
