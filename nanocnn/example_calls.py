@@ -150,7 +150,7 @@ IMAGES = "x y gy"
 CHANNELS = "a b bias gb mean products running_mean scale shift weight"
 FLAT = "average data exp_avg grad momentum_buffer"
 CONSTANTS = dict(eps=1e-5, lr=0.01, momentum=0.9, weight_decay=5e-4, step=10, decay=0.99, factor=0.5, smoothing=0.1)
-CONSTANTS |= dict(p=0.5, seed=7, epoch=0, stream=0)
+CONSTANTS |= dict(p=0.5, seed=7, epoch=0, stream=0, pad=4, flip=True, cutout=0)
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys(IMAGES.split(), lambda s, r: r.normal(*s.image)),
     **dict.fromkeys(CHANNELS.split(), lambda s, r: r.normal(s.channels)),
@@ -192,6 +192,8 @@ MAKERS: dict[str, Maker] = {
     "dropout.x": lambda s, r: r.normal(s.batch, s.flat),
     "dropout_grad.gy": lambda s, r: r.normal(s.batch, s.flat),
     "mask": lambda s, r: r.integers(2, s.batch, s.flat).astype(np.uint8),
+    # images as bytes
+    "images": lambda s, r: r.integers(256, *s.image).astype(np.uint8),
     # updates
     "exp_avg_sq": lambda s, r: r.positive(s.batch * s.flat),
     "total": lambda s, r: r.positive(s.batch * s.flat),
