@@ -144,6 +144,10 @@ def _position(s: Shape, r: _Numbers) -> np.ndarray:
     return dispatch.primitives["max_pool2d"].variants["reference"].body(r.normal(*s.image), *window)[1]
 
 
+def _buckets(s: Shape, r: _Numbers) -> list[np.ndarray]:
+    return [r.positive(s.batch * s.flat // 4) for _ in range(4)]
+
+
 # Kernels use names alike, so that a new one needs a line here only for a new name. "matmul.a" is the name in one
 # primitive, and comes before the general one. Arguments with a default are left at it.
 IMAGES = "x y gy"
@@ -197,6 +201,13 @@ MAKERS: dict[str, Maker] = {
     # updates
     "exp_avg_sq": lambda s, r: r.positive(s.batch * s.flat),
     "total": lambda s, r: r.positive(s.batch * s.flat),
+    # updates of all buckets at once
+    **dict.fromkeys(["grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs"], _buckets),
+    **dict.fromkeys(("multi_sgd_update.data", "multi_adam_update.data"), _buckets),
+    "control": lambda s, r: np.array([0.01, 9, 1024, 0, 0]),
+    "multi_sgd_update.hyper": lambda s, r: np.array([[1, 0.9, 0, 5e-4, 0]] * 4),
+    "multi_adam_update.hyper": lambda s, r: np.array([[1, 0.9, 0.999, 1e-5, 5e-4, 0]] * 4),
+    "found": lambda s, r: np.zeros(1, np.int32),
 }
 
 
