@@ -159,7 +159,7 @@ def evaluate(
             logits = model(Tensor(batch.x).to(model.device))
             seconds += time.perf_counter() - start
             loss += F.cross_entropy(logits, to_device(batch.y, logits.device), reduction="sum").item()
-            confusion += confusion_matrix(batch.y, logits.numpy().argmax(axis=1), num_classes)
+            confusion += confusion_matrix(to_device(batch.y, "cpu"), logits.numpy().argmax(axis=1), num_classes)
     model.train(training)
     totals: Any = comm.all_reduce(np.append(confusion.ravel(), [loss, stop()]))
     confusion, (loss, stopped) = totals[:-2].reshape(confusion.shape).astype(np.int64), totals[-2:].tolist()

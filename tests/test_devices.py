@@ -52,7 +52,7 @@ def test_cuda_kernels_do_the_work():
     ran = dispatch.variants_that_ran()
     assert not [name for name, variants in ran.items() if "reference" in variants]
     assert ran["matmul"] == ["cublas"]
-    assert {"conv2d", "conv2d_grad_x", "conv2d_grad_w", "max_pool2d", "cross_entropy", "sgd_update"} <= set(ran)
+    assert {"conv2d", "conv2d_grad_x", "conv2d_grad_w", "max_pool2d", "cross_entropy", "multi_sgd_update"} <= set(ran)
 
 
 def test_a_step_is_without_faults():

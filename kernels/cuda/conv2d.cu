@@ -4,6 +4,7 @@
 // and reads it back. Here the tiles' loader computes which pixel stands at a place of the columns, and takes it from
 // the image; the nine times are served by caches. Images are (N, H, W, C), weights (KH, KW, C / groups, O). Tiles and
 // sums are fp32 (fp64 for fp64).
+#include "gemm_tile.cuh"
 #include "real.cuh"
 
 #ifndef BLOCK_M
@@ -314,25 +315,6 @@ extern "C" __global__ void add_up(const real* parts, real* gw, int count_parts, 
 
 #define TALL 128  // positions that a block computes,
 #define WIDE 64   // and output channels: networks for small images begin with 64
-#define DEEP 8    // numbers deep
-#define EACH 8    // positions and channels that a thread keeps: two groups of four each, TALL / 2 and WIDE / 2 apart
-
-__device__ __forceinline__ void multiply_wide(float (*tile_a)[TALL + 4], float (*tile_b)[WIDE], int y0, int x0,
-                                              float (*sums)[EACH]) {
-#pragma unroll
-    for (int d = 0; d < DEEP; d++) {
-        float of_a[EACH], of_b[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i += 4) {
-            *reinterpret_cast<float4*>(of_a + i) = load4(&tile_a[d][y0 + i * (TALL / 8)]);
-            *reinterpret_cast<float4*>(of_b + i) = load4(&tile_b[d][x0 + i * (WIDE / 8)]);
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-#pragma unroll
-            for (int j = 0; j < EACH; j++) sums[i][j] += of_a[i] * of_b[j];
-    }
-}
 
 // fp32; one group; c and o are multiples of 4, so that four numbers of the columns are one load, of one pixel. While
 // one pair of tiles is used, the next is on its way to registers and then to the other half of shared memory.
@@ -389,7 +371,7 @@ conv2d_vectorised(const float* x, const float* w, const float* bias, const float
     __syncthreads();
     for (int first = 0, half = 0; first < depth; first += DEEP, half ^= 1) {
         if (first + DEEP < depth) fetch(first + DEEP);
-        multiply_wide(tile_a[half], tile_b[half], y0, x0, sums);
+        multiply_wide<TALL, WIDE>(tile_a[half], tile_b[half], y0, x0, sums);
         if (first + DEEP < depth) put(half ^ 1);
         __syncthreads();
     }
@@ -456,7 +438,7 @@ conv2d_grad_w_vectorised(const float* gy, const float* x, float* parts, int m, i
     __syncthreads();
     for (int first = begin, half = 0; first < end; first += DEEP, half ^= 1) {
         if (first + DEEP < end) fetch(first + DEEP);
-        multiply_wide(tile_a[half], tile_b[half], y0, x0, sums);
+        multiply_wide<TALL, WIDE>(tile_a[half], tile_b[half], y0, x0, sums);
         if (first + DEEP < end) put(half ^ 1);
         __syncthreads();
     }
