@@ -27,6 +27,7 @@ from nanocnn.machine import machine_facts
 from nanocnn.models import alexnet_cifar, resnet18
 from nanocnn.optim import SGD, decay_groups
 from nanocnn.parallel import Alone, GradientAverager
+from nanocnn.precision import LossScaler, precision
 from nanocnn.profile import Profile
 from nanocnn.progress import say
 from nanocnn.record import peak_memory
@@ -144,6 +145,7 @@ class _Training:
         groups = decay_groups(self.net.named_parameters(), 5e-4)
         self.optimizer = SGD(groups, options["lr"], momentum=0.9, nesterov=True)
         self.averager = GradientAverager(self.optimizer.buckets, Alone())
+        self.scaler = LossScaler(enabled=precision.value == "fp16")
         augment = common.make_augment(argparse.Namespace(**options, no_flip=False, crop_padding=4, cutout=0), data)
         loader = Loader(data.train, options["batch"], augment=augment, shuffle=True, seed=seed)
         self.batches, self.seconds, self.taken = _endless(loader), [], 0
@@ -161,7 +163,7 @@ class _Training:
     def _step(self) -> None:
         steps = self.options["steps"]
         lr = SCHEDULES["cosine"](self.taken, steps, self.options["lr"], steps // 4)
-        train_step(self.net, next(self.batches), self.optimizer, lr, self.averager)
+        train_step(self.net, next(self.batches), self.optimizer, lr, self.averager, scaler=self.scaler)
         self.taken += 1
 
     def take(self, steps: int) -> int:

@@ -17,7 +17,8 @@ _modules = [
     if not _found.ispkg
 ]
 
-from . import compiled, cuda  # noqa: E402, F401
+from . import compiled, cuda, half  # noqa: E402, F401
 
+half.offer()  # to the primitives of all families
 compiled.keep(_modules)
 threads.limit(threads.share())

@@ -403,4 +403,5 @@ class Arrival:
 
 
 def _sum(x: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
-    return x.sum(axis=axis, keepdims=keepdims)
+    wide = np.float32 if x.dtype == np.float16 else None  # a long sum in float16 stops growing at 2048 ones
+    return x.sum(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype, copy=False)

@@ -20,6 +20,7 @@ from .metrics import confusion_matrix
 from .nn import Module
 from .optim import Optimizer, clip_grad_norm_
 from .parallel import Comm, GradientAverager
+from .precision import LossScaler, NonFiniteGradient, Overflow, at_entrance, first_overflow, precision
 from .tensor import Tensor, no_grad
 
 graph = Switch(
@@ -28,6 +29,9 @@ graph = Switch(
     off="through Python, op by op",
     on="forward and backward are recorded once and made again: calls of kernels; on a GPU, a CUDA graph (capture.py)",
 )
+
+
+UNSCALED = LossScaler(enabled=False)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -53,25 +57,30 @@ def train_step(
     label_smoothing: float = 0.0,
     clip: float | None = None,
     stop: bool = False,
+    scaler: LossScaler = UNSCALED,
 ) -> StepResult:
-    """Forward, backward, average, update.
+    """Forward, backward, average, update; the update is left out if `scaler` finds an overflow.
 
-    Raises NonFiniteLoss, on all ranks alike and before the update, if the global loss is NaN or infinite.
+    Raises, on all ranks alike and before the update, NonFiniteLoss if the global loss is NaN or infinite, which no loss
+    scale would change, and NonFiniteGradient if a gradient is at the smallest scale. With precision=fp16 both name the
+    first layer that overflowed.
     """
 
-    def forward_backward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_backward(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         averager.zero()
-        logits = model(x)
-        # Ranks may hold unequal parts of the global batch: the sum over it divided by its size is the mean over it.
+        logits = model(at_entrance(x))
         loss = F.cross_entropy(logits, y, label_smoothing, reduction="sum")
-        (loss * (1 / batch.global_size)).backward()  # buckets leave as they fill
+        loss.backward(seed)  # buckets leave as they fill
         return loss, logits
 
+    # Ranks may hold unequal parts of the global batch: the sum over it divided by its size is the mean over it. The
+    # factor is an array, the gradient that backward begins with, so that a recorded step takes each step's scale.
+    seed = np.array(scaler.scale / batch.global_size, np.float32)
     with random.keyed(batch.epoch, batch.index):
         run: Any = forward_backward
         if graph.value == "on" and averager.comm.size == 1 and dispatch.recorder is None:
             run = _recorded(model, forward_backward, batch, label_smoothing, averager)
-        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y)))
+        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y, seed)))
     averager.finish()
     correct = (logits.data.argmax(axis=1) == to_device(batch.y, logits.device)).sum()
     with span("totals", "communication"):
@@ -82,11 +91,49 @@ def train_step(
             f"the loss is {loss_sum} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
             "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or "
             "--clip 1, and check the images for NaN; --resume goes on from the last checkpoint"
+            + _first_overflow(model, batch, 1.0, label_smoothing, averager.comm, "without --use precision=fp16")
         )
+    try:
+        good = scaler.unscale(averager.buckets)
+    except NonFiniteGradient as error:
+        advice = "without --use precision=fp16" if scaler.dynamic else "with a smaller --loss-scale, or a dynamic one"
+        where = _first_overflow(model, batch, scaler.scale, label_smoothing, averager.comm, advice)
+        raise NonFiniteGradient(f"{error} in epoch {batch.epoch + 1}, step {batch.step + 1}{where}") from None
+    if not good:
+        return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
     if clip is not None:
         clip_grad_norm_(averager.buckets, clip)
     optimizer.step(lr)
     return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
+
+
+def overflow_of_step(model: Module, batch: Batch, scale: float = 1.0, label_smoothing: float = 0.0) -> Overflow | None:
+    """The first array that is not finite in a training step with these images and this loss scale; None if all are.
+
+    The step is taken with a copy of the model, on this rank alone: see precision.first_overflow.
+    """
+
+    def step(twin: Module) -> None:
+        x, y, seed = (
+            Tensor(a).to(model.device) for a in (batch.x, batch.y, np.array(scale / batch.global_size, np.float32))
+        )
+        with random.keyed(batch.epoch, batch.index):
+            F.cross_entropy(twin(at_entrance(x)), y, label_smoothing, reduction="sum").backward(seed)
+
+    return first_overflow(model, step)
+
+
+def _first_overflow(model: Module, batch: Batch, scale: float, label_smoothing: float, comm: Comm, advice: str) -> str:
+    """For the end of an error in fp16: what the ranks' microscopes see, and what to do. Collective."""
+    if precision.value != "fp16":
+        return ""
+    found = overflow_of_step(model, batch, scale, label_smoothing)
+    texts = [(rank, text) for rank, text in enumerate(comm.all_gather_object(found and str(found))) if text]
+    if not texts:
+        return ". A second look at this step finds no layer with an infinity or NaN"
+    rank, text = texts[0]
+    where = f" on rank {rank}" if comm.size > 1 else ""
+    return f". The first to overflow{where} is {text}. In half precision such a step cannot be taken: train {advice}"
 
 
 _recordings: WeakKeyDictionary[Module, tuple[list, Any]] = WeakKeyDictionary()  # with what they were made for
@@ -96,7 +143,7 @@ def _recorded(
     model: Module, function: Callable[..., Any], batch: Batch, label_smoothing: float, averager: GradientAverager
 ) -> Callable[..., Any]:
     """The function, captured: once for each model, and anew if anything has changed that is not in the arrays."""
-    key: list[Any] = [averager, batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size]
+    key: list[Any] = [averager, batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype]
     key += [label_smoothing, dispatch.choices_in_force()]
     for _, module in model.named_modules():
         key += [module.training, *((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))]
@@ -105,7 +152,8 @@ def _recorded(
     if captured is None or made_for != key:
         _recordings.pop(model, None)  # its memory is for the next one
         try:
-            captured = capture(function, *(to_device(a, model.device) for a in (batch.x, batch.y)))
+            example = batch.x, batch.y, np.array(1, np.float32)
+            captured = capture(function, *(to_device(a, model.device) for a in example))
         except CaptureError as error:
             error.add_note("(the switch graph=off trains without capturing)")
             raise
@@ -156,7 +204,7 @@ def evaluate(
             if stop():
                 break
             start = time.perf_counter()
-            logits = model(Tensor(batch.x).to(model.device))
+            logits = model(at_entrance(Tensor(batch.x).to(model.device)))
             seconds += time.perf_counter() - start
             loss += F.cross_entropy(logits, to_device(batch.y, logits.device), reduction="sum").item()
             confusion += confusion_matrix(to_device(batch.y, "cpu"), logits.numpy().argmax(axis=1), num_classes)
