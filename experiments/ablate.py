@@ -8,6 +8,9 @@ picture, they are switched on one after the other, the one worth most first, fro
 Every configuration trains in a process of its own, so that peak memory is that of the process (largest resident set).
 They take turns of a few steps (A B C A B C), so that a slow moment of the machine meets them all alike; "time" compares
 with the same steps of the first one.
+
+--device cuda does the same on a GPU, with the GPU's memory. --device emulated has no times: it counts what a step asks
+for, launches and bytes (counted.py).
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from nanocnn.parallel.comm import plural
 from nanocnn.progress import say, size
 
 import common  # isort: skip  (beside this file)
+from counted import Counted, CountingLaboratory  # isort: skip
 from laboratory import WARM_UP, Configuration, Laboratory, Row  # isort: skip
 from waterfall import waterfall  # isort: skip
 
@@ -43,11 +47,14 @@ EXAMPLES = """examples:
   python experiments/ablate.py --model resnet18 --only conv2d fuse pool  these alone
   python experiments/ablate.py --primitive conv2d                        one ladder, rung by rung, in a whole training
   python experiments/ablate.py --primitive conv2d conv2d_grad_x conv2d_grad_w   the three climb together
+  python experiments/ablate.py --quick --device emulated                 CUDA kernels, counted: launches, bytes
 
 NANOCNN_THREADS sets the number of threads. A configuration that takes too long is cut off by --limit.
 """
 MODELS = {"alexnet": "AlexNet", "resnet18": "ResNet-18"}
 QUICK = dict(data="shapes", width=0.25, batch_norm=True, batch=32, steps=33, seeds=1, bars=3)
+SMALL = dict(width=0.05, batch=2, steps=4)  # and that for the emulator
+CPU_ONLY = ("graph",)  # capture.py records the CPU's kernels
 TEST_IMAGES = 1000
 BASE, TEXTBOOK = "everything on", "textbook"
 
@@ -134,7 +141,7 @@ def one_by_one(
     return chain
 
 
-def rungs(names: Sequence[str], fixed: dict[str, str]) -> list[Configuration]:
+def rungs(names: Sequence[str], fixed: dict[str, str], device: str = "cpu") -> list[Configuration]:
     """The ladder of a primitive, or of several that climb together: a rung by the name that they share.
 
     A rung that cannot do a layer leaves it to the nearest one before it that can.
@@ -143,7 +150,7 @@ def rungs(names: Sequence[str], fixed: dict[str, str]) -> list[Configuration]:
     for name in names:
         if name not in dispatch.primitives:
             raise ChoiceError(f"{name} is a switch, not a primitive: ablate it with --only {name}")
-    ladders = {name: _on_cpu(dispatch.primitives[name]) for name in names}
+    ladders = {name: dispatch.primitives[name].rungs(device) for name in names}
     found, now = [], dict.fromkeys(names, "reference")
     for rung in dict.fromkeys(rung for ladder in ladders.values() for rung in ladder):
         now |= {name: rung for name, ladder in ladders.items() if rung in ladder}
@@ -154,40 +161,61 @@ def rungs(names: Sequence[str], fixed: dict[str, str]) -> list[Configuration]:
     return found
 
 
-def _on_cpu(primitive: dispatch.Primitive) -> dict[str, dispatch.Variant]:
-    return primitive.rungs("cpu")
-
-
 # ------------------------------------------------------------------ the table and the files
 
 
 def show(rows: Sequence[Row], base: Row, first: str, console: Console, shares: dict[str, str] | None = None) -> None:
-    """Print a table of `rows`, timed against `base`; `shares` says by label how many calls a rung does."""
+    """Print a table of `rows`, compared with `base`; `shares` says by label how many calls a rung does."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True, style="bold")
-    headings = ("ms/step", "min", "time", "memory", "accuracy")
+    counts = isinstance(base, Counted)
+    headings = COUNTS if counts else TIMES
     for heading in (*headings, "calls") if shares else headings:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("where", overflow="fold")
     for row in (r for r in rows if r.measured):
-        f = row.figures()
-        spread = f" ±{f['ms_spread']:.1f}" if f["ms_spread"] is not None else ""
-        accuracy = "cut off" if f["accuracy"] is None else f"{f['accuracy']:.1%}"
-        if f["accuracy"] is not None and f["accuracy_spread"] is not None:
-            accuracy += f" ±{f['accuracy_spread'] * 100:.1f}"
-        times = f"{f['ms']:.1f}{spread}", f"{f['ms_min']:.1f}", "" if row is base else f"{f['ratio']:.2f}x"
-        label, place = row.configuration.label, row.configuration.place
+        f, label, place = row.figures(), row.configuration.label, row.configuration.place
+        ratio = "" if row is base else f"{f['ratio']:.2f}x"
         done = [shares.get(label, "")] if shares else []
-        table.add_row(label, *times, size(f["memory"]), accuracy, *done, place)
+        table.add_row(label, *(_counts(f, ratio) if counts else _times(f, ratio)), *done, place)
     console.print(table)
+    if counts:
+        console.print(Text(ABOUT_COUNTS, "dim"))
     for row in rows:
         if row.error:
             console.print(Text(f"{row.configuration.label} failed: {row.error}", "red"))
 
 
+TIMES = ("ms/step", "min", "time", "memory", "accuracy")
+COUNTS = ("MB", "ratio", "kernels", "NumPy", "turns", "barriers", "loss")
+ABOUT_COUNTS = (
+    "One step, counted in the emulator and not measured. MB: the sectors that our kernels ask for, and the arrays of "
+    "NumPy's calls (CuPy's on a GPU), each once. turns: of shared memory's banks."
+)
+
+
+def _times(f: dict[str, Any], ratio: str) -> list[str]:
+    spread = f" ±{f['ms_spread']:.1f}" if f["ms_spread"] is not None else ""
+    accuracy = "cut off" if f["accuracy"] is None else f"{f['accuracy']:.1%}"
+    if f["accuracy"] is not None and f["accuracy_spread"] is not None:
+        accuracy += f" ±{f['accuracy_spread'] * 100:.1f}"
+    return [f"{f['ms']:.1f}{spread}", f"{f['ms_min']:.1f}", ratio, size(f["memory"]), accuracy]
+
+
+def _counts(f: dict[str, Any], ratio: str) -> list[str]:
+    numbers = (f"{f[name]:,}" for name in ("kernels", "calls", "turns", "barriers"))
+    return [f"{f['megabytes']:.2f}", ratio, *numbers, f"{f['loss']:.4f}"]
+
+
 COLUMNS = (
     *("kind", "label", "seeds", "ms", "ms_min", "ms_spread", "ratio", "memory"),
     *("accuracy", "accuracy_spread", "loss", "loss_spread", "place", "about", "error"),
+)
+
+
+COUNTED_COLUMNS = (
+    *("kind", "label", "seed", "megabytes", "ratio", "kernels", "sectors", "calls", "turns", "barriers"),
+    *("loss", "place", "about", "error"),
 )
 
 
@@ -200,7 +228,9 @@ def write(folder: Path, groups: dict[str, list[Row]], facts: dict[str, Any]) -> 
             lines.append(dict(kind=kind, label=c.label, place=c.place, about=c.about, error=row.error) | found)
             whole.append(lines[-1] | dict(policy=c.policy, choices=c.choices, look=row.look, samples=row.samples))
     with open(folder / "ablation.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        counts = any(isinstance(row, Counted) for rows in groups.values() for row in rows)
+        columns = COUNTED_COLUMNS if counts else COLUMNS
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     facts = facts | dict(command=common.without_folder(sys.argv[1:]), machine=machine_facts(), configurations=whole)
@@ -218,21 +248,29 @@ def ablate(args: argparse.Namespace) -> None:
         raise ChoiceError(f"--use {policy[0]}: the policy is what is measured here; give name=choice")
     with nc.using(**fixed):  # an unknown name is an error now, and not in another process
         _entries(args.only)
-        ladder = rungs(args.primitive, everything_on(fixed)) if args.primitive else []
+        if args.device != "cpu":
+            fixed = {**dict.fromkeys(CPU_ONLY, "off"), **fixed}
+        ladder = rungs(args.primitive, everything_on(fixed), args.device) if args.primitive else []
+    try:
+        nc.Tensor([0.0]).to(args.device)
+    except dispatch.DeviceError as error:
+        raise AblationError(f"--device {args.device}: {error}") from error
     data = nc.data.load(args.data, args.data_dir, val=0, train_size=args.steps * args.batch, test_size=TEST_IMAGES)
-    name = "-".join(["ablate", args.model, data.name, *args.primitive[:1]])
+    device = [args.device] if args.device != "cpu" else []
+    name = "-".join(["ablate", args.model, data.name, *args.primitive[:1], *device])
     folder = args.out or Path("runs", name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AblationError(f"cannot make {folder}: {error.strerror}; choose another --out") from error
     title = f"{MODELS[args.model]}, width {args.width:g}, batch {args.batch}, {data.name}"
-    title += f", {plural(threads.count(), 'thread')}"
+    title += f", {plural(threads.count(), 'thread')}" if args.device == "cpu" else f", {args.device}"
     say(f"{data.notice}\n{title}; {args.steps} steps, {plural(args.seeds, 'seed')}")
 
-    laboratory, console = Laboratory(args.model, data, vars(args)), Console()
+    kind = CountingLaboratory if args.device == "emulated" else Laboratory
+    laboratory, console = kind(args.model, data, vars(args)), Console()
     if not console.is_terminal:
-        console.width = 100
+        console.width = 100 if args.device == "cpu" else 116
     (base,) = laboratory.look([Configuration(BASE, "fastest", everything_on(fixed))])
     if base.error:
         raise AblationError(f"with everything on, training fails: {base.error}")
@@ -241,11 +279,12 @@ def ablate(args: argparse.Namespace) -> None:
     else:
         groups, end = _leave_out(laboratory, base, fixed, args, console), BASE
     *_, last = groups.values()
-    steps = [(row.configuration.label, row.configuration.place, row.ms) for row in last if row.measured]
-    fall = [dict(label=label, place=place, ms=ms) for label, place, ms in steps]
+    steps = [(row.configuration.label, row.configuration.place, row.cost) for row in last if row.measured]
+    unit = "MB" if args.device == "emulated" else "ms"
+    fall = [{"label": label, "place": place, unit: cost} for label, place, cost in steps]
     write(folder, groups, dict(title=title, options=vars(args), waterfall=fall))
     if steps:
-        waterfall(steps, title, end, folder / "waterfall.png")
+        waterfall(steps, title, end, folder / "waterfall.png", unit)
     say(f"files: {folder}/ablation.json, ablation.csv, waterfall.png")
 
 
@@ -254,13 +293,13 @@ def _leave_out(
 ) -> dict[str, list[Row]]:
     """Everything left out one at a time, then switched on one after the other; the rows by kind."""
     without, unused = left_out(base, fixed, args.only)
-    out = [Row(c) for c in without]
+    out: list[Row] = [laboratory.row(c) for c in without]
     laboratory.run(base, out, "left out")
     out.sort(key=lambda row: -row.figures()["ratio"] if row.measured else 0)
     show([base, *out], base, "left out", console)
     if unused:
         console.print(Text(f"not used here: {', '.join(unused)}", "dim"))
-    chain = [Row(c, base.look) for c in one_by_one(base, out, fixed, args.only, args.bars)]
+    chain: list[Row] = [laboratory.row(c, base.look) for c in one_by_one(base, out, fixed, args.only, args.bars)]
     laboratory.run(chain[-1], chain[:-1], "one by one")
     show(chain, chain[-1], "one after the other", console)
     return {"base": [base], "left out": out, "one by one": chain}
@@ -300,6 +339,8 @@ def arguments() -> argparse.Namespace:
     add("--use", nargs="+", default=[], metavar="CHOICE", help="name=choice that holds throughout")
     add("--bars", type=common.count, default=8, metavar="N", help="how many are switched on singly for the picture")
     add = parser.add_argument_group("training").add_argument
+    about = "emulated counts what CUDA kernels do; cuda times them, and was not yet tried on a GPU"
+    add("--device", choices=tuple(dispatch.DEVICES), default="cpu", help=about)
     add("--model", choices=tuple(MODELS), default="alexnet", help="the network")
     add("--width", type=common.positive, default=1.0, help="scales its channels and features")
     add("--batch-norm", action="store_true", help="in AlexNet, after each convolution")
@@ -319,11 +360,13 @@ def arguments() -> argparse.Namespace:
     add("--seeds", type=common.count, default=1, help="rounds; in each, all configurations train once")
     add("--seed", type=common.natural, default=0, help="the first one")
     add("--limit", type=common.positive, default=120.0, metavar="S", help="cut a training off after S seconds")
-    quick = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    add("--quick", action="store_true", help=f"a minute: {quick}")
+    quick, small = (", ".join(f"{n.replace('_', '-')} {value}" for n, value in d.items()) for d in (QUICK, SMALL))
+    add("--quick", action="store_true", help=f"a minute: {quick}; emulated: {small}")
     add("--out", type=Path, metavar="DIR", help="for the files; else runs/ablate-MODEL-DATA")
     if "--quick" in sys.argv:
         parser.set_defaults(**QUICK)
+        if parser.parse_known_args()[0].device == "emulated":
+            parser.set_defaults(**SMALL)
     args = parser.parse_args()
     if args.steps <= WARM_UP:
         parser.error(f"--steps {args.steps}: expected more than the {WARM_UP} that warm up")

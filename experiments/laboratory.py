@@ -66,8 +66,8 @@ class Row:
         return bool(self.samples) and not self.error
 
     @property
-    def ms(self) -> float:
-        """Of a step: the median of all that were timed."""
+    def cost(self) -> float:
+        """Milliseconds of a step: the median of all that were timed."""
         return 1e3 * statistics.median(t for s in self.samples for t in s["seconds"])
 
     def calls(self, primitive: str) -> dict[str, int]:
@@ -86,7 +86,7 @@ class Row:
             1e3 * statistics.median(t for s in self.samples if s["seed"] == seed for t in s["seconds"])
             for seed in seeds
         ]
-        found = dict(ms=self.ms, ms_min=1e3 * min(t for s in self.samples for t in s["seconds"]))
+        found = dict(ms=self.cost, ms_min=1e3 * min(t for s in self.samples for t in s["seconds"]))
         found |= dict(ms_spread=_spread(medians), ratio=statistics.median(s["ratio"] for s in self.samples))
         found |= dict(memory=max(s["memory"] for s in self.samples), seeds=len(seeds))
         for name in ("accuracy", "loss"):
@@ -117,7 +117,7 @@ def train(task: dict[str, Any], pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear; it ends us
     try:
         with nc.using(task["policy"], **task["choices"]):
-            training = _Training(**task["training"])
+            training = Training(**task["training"])
             pipe.send(training.look)
             while steps := pipe.recv():
                 pipe.send(training.take(steps))
@@ -128,7 +128,7 @@ def train(task: dict[str, Any], pipe: Any) -> None:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-class _Training:
+class Training:
     """A network and its data, warmed up. `look` says what a step calls and asks, and whether it had to be compiled."""
 
     def __init__(self, data: DataSet, model: str, options: dict[str, Any], seed: int):
@@ -142,6 +142,7 @@ class _Training:
             self.net: nc.nn.Module = alexnet_cifar(len(data.classes), image_size=size, in_channels=channels, **extras)
         else:
             self.net = resnet18(len(data.classes), stem="cifar", width=options["width"], in_channels=channels)
+        self.net.to(options["device"])
         groups = decay_groups(self.net.named_parameters(), 5e-4)
         self.optimizer = SGD(groups, options["lr"], momentum=0.9, nesterov=True)
         self.averager = GradientAverager(self.optimizer.buckets, Alone())
@@ -153,37 +154,57 @@ class _Training:
         with event.install_recorder("numba:compile") as compiled:
             for step in range(WARM_UP):
                 with profile if step == 1 else contextlib.nullcontext():
-                    self._step()
+                    self.step()
         calls: dict[str, dict[str, int]] = {}
         for row in profile.rows()["kernels"]:
             calls.setdefault(row["name"], {})[row["variant"]] = row["calls"]
         self.look = dict(calls=calls, asked=dispatch.switches_asked(), compiled=bool(compiled.buffer))
-        self.look["memory"] = peak_memory()
+        self.look["memory"] = _peak(options["device"])
 
-    def _step(self) -> None:
+    def step(self) -> float:
+        """Take one; its mean loss."""
         steps = self.options["steps"]
         lr = SCHEDULES["cosine"](self.taken, steps, self.options["lr"], steps // 4)
-        train_step(self.net, next(self.batches), self.optimizer, lr, self.averager, scaler=self.scaler)
+        result = train_step(self.net, next(self.batches), self.optimizer, lr, self.averager, scaler=self.scaler)
         self.taken += 1
+        return result.loss / result.samples
 
     def take(self, steps: int) -> int:
         """Take up to `steps` steps; how many are left, none if the time limit has passed."""
         for _ in range(min(steps, self.options["steps"] - self.taken)):
             start = time.perf_counter()
-            self._step()
+            self.step()
             self.seconds.append(time.perf_counter() - start)
         return self.options["steps"] - self.taken if sum(self.seconds) < self.options["limit"] else 0
 
     def sample(self) -> dict[str, Any]:
         """What the steps took; the accuracy too, if all of them were taken."""
         self.batches.close()
-        found: dict[str, Any] = dict(seed=self.seed, seconds=self.seconds, memory=peak_memory())
+        found: dict[str, Any] = dict(seed=self.seed, seconds=self.seconds, memory=_peak(self.options["device"]))
         found |= dict(accuracy=None, loss=None)
         if self.taken == self.options["steps"]:
             batches = Loader(self.data.test, 250, shuffle=False).epoch(0)
             result = evaluate(self.net, batches, len(self.data.classes), Alone())
             found |= dict(accuracy=result.accuracy, loss=result.loss)
         return found
+
+
+def _peak(device: str) -> int:
+    """The most bytes that this process has held: of its memory, or what CuPy's pool holds of the GPU's."""
+    if device != "cuda":
+        return peak_memory()
+    import cupy
+
+    return cupy.get_default_memory_pool().total_bytes()
+
+
+def _room(device: str) -> int:
+    """Bytes that are free."""
+    if device != "cuda":
+        return machine_facts()["memory"]["available"] or 0
+    import cupy
+
+    return cupy.cuda.runtime.memGetInfo()[0]
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -250,13 +271,15 @@ class _Worker:
 class Laboratory:
     """Trains configurations and keeps a row for each."""
 
+    row: type[Row] = Row
+
     def __init__(self, model: str, data: DataSet, options: dict[str, Any]):
         self.model, self.data, self.options = model, data, options
 
     def look(self, configurations: Sequence[Configuration]) -> list[Row]:
         """A first step of each, for what it calls and asks: rows without samples."""
         rows = [Row(c) for c in configurations]
-        with _progress(len(rows)) as tell:
+        with progress_of(len(rows)) as tell:
             for row in rows:
                 tell(f"first steps: {row.configuration.label}")
                 with self._workers([row], self.options["seed"]):
@@ -265,12 +288,11 @@ class Laboratory:
 
     def run(self, base: Row, rows: Sequence[Row], title: str) -> None:
         """Train all rows with each seed, in groups that `base` belongs to as well."""
-        room = machine_facts()["memory"]["available"] or 0
-        most = max(1, min(MOST, int(0.5 * room / base.look["memory"])) - 1)
+        most = max(1, min(MOST, int(0.5 * _room(self.options["device"]) / base.look["memory"])) - 1)
         groups = [rows[i : i + most] for i in range(0, len(rows), most)]
         seeds = range(self.options["seed"], self.options["seed"] + self.options["seeds"])
         turns = -(-(self.options["steps"] - WARM_UP) // TURN)
-        with _progress(len(seeds) * (len(rows) + len(groups)) * turns) as tell:
+        with progress_of(len(seeds) * (len(rows) + len(groups)) * turns) as tell:
             for seed in seeds:
                 for number, group in enumerate(groups, 1):
                     self._side_by_side(
@@ -314,7 +336,7 @@ class Laboratory:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def progress_of(total: int) -> Iterator[Callable[[str], None]]:
     """`tell(text)` before each piece of work: a bar on a terminal, elsewhere a line every 10 seconds."""
     console = Console(stderr=True)
     if console.is_terminal:

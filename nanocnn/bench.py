@@ -192,6 +192,8 @@ def outputs(p: Primitive, variant: Variant, args: tuple, kwargs: dict) -> list[n
 def _arrays(value: Any) -> Iterable[np.ndarray]:
     if isinstance(value, np.ndarray | np.generic):
         yield np.asarray(value)
+    elif hasattr(value, "get") and hasattr(value, "dtype"):  # an array of CuPy
+        yield value.get()
     elif isinstance(value, dict):
         yield from _arrays(list(value.values()))
     elif isinstance(value, list | tuple):
@@ -269,6 +271,8 @@ examples:
   python -m nanocnn bench relu --size 64 --threads 1       any primitive: its images have the same options
   python -m nanocnn bench matmul 128 128 128 --device emulated --lines
                                                            the CUDA kernels: loads, sectors, bank conflicts
+  python -m nanocnn bench matmul 256 256 256 --device emulated --sweep
+                                                           their launches: other tiles, other blocks
   python -m nanocnn bench                                  what can be measured, and the named layers
 
 Speed-up is over the first rung, the reference. More GFLOP/s than the peak means fewer operations: Winograd.
@@ -301,9 +305,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("measurement")
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="of all arrays (float32)")
     how.add_argument(
-        "--device", choices=("cpu", "emulated"), default="cpu", help="emulated: count what CUDA kernels do"
+        "--device",
+        choices=tuple(dispatch.DEVICES),
+        default="cpu",
+        help="emulated: count what CUDA kernels do; cuda: only with --sweep",
     )
     how.add_argument("--lines", action="store_true", help="of CUDA kernels, count each line")
+    how.add_argument("--sweep", action="store_true", help="of CUDA kernels, try each launch configuration")
     how.add_argument("--threads", type=int, metavar="T", help="for BLAS and Numba; else as everywhere in nanocnn")
     how.add_argument("--rounds", type=int, default=ROUNDS, metavar="R", help=f"visits to each rung, in turn ({ROUNDS})")
     how.add_argument("--limit", type=float, default=10.0, metavar="S", help="skip rungs that take longer a call (10)")
@@ -323,11 +331,13 @@ def run(args: argparse.Namespace) -> int:
         console.print("[bold]layers[/]      " + ", ".join(LAYERS), highlight=False)
         return 0
     try:
+        if args.sweep or args.device == "cuda":
+            return _sweep(args, console)
         if args.device == "emulated":
             return _count(args, console)
         out = _out(args)
         results, roof = _measure(args, console)
-    except (BenchError, dispatch.ChoiceError) as error:
+    except (BenchError, dispatch.ChoiceError, dispatch.DeviceError) as error:
         print(f"python -m nanocnn bench: {error}", file=sys.stderr)
         return 2
     print_ladder(results, roof, console)
@@ -381,6 +391,24 @@ def _count(args: argparse.Namespace, console: Console) -> int:
     wrong = [c for c in counts if c.error > TOLERANCES.get(args.dtype, 1e-2)]
     for c in wrong:
         console.print(Text(f"WRONG: {c.variant} by {c.error:.1e} of the largest value", "red"))
+    return 1 if wrong else 0
+
+
+def _sweep(args: argparse.Namespace, console: Console) -> int:
+    """Each CUDA kernel in each of its launch configurations; the exit status."""
+    from . import sweep  # which needs this file
+
+    if args.device == "cpu":
+        raise BenchError("--sweep is for launches of CUDA kernels: choose --device emulated, or cuda with a GPU")
+    if not args.sweep:
+        raise BenchError("--device cuda measures launches only, with --sweep; --device emulated counts each rung")
+    call = _call(args, console)
+    with console.status("") as status:
+        trials = sweep.sweep(args.primitive, *call, device=args.device, say=status.update)
+    sweep.print_trials(trials, console)
+    wrong = [t for t in trials if t.error > TOLERANCES.get(args.dtype, 1e-2)]
+    for t in wrong:
+        console.print(Text(f"WRONG: {t.variant} ({t.label}) by {t.error:.1e} of the largest value", "red"))
     return 1 if wrong else 0
 
 

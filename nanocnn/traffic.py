@@ -38,13 +38,13 @@ class Count:
         return dict(variant=self.variant, place=self.place, error=self.error, note=self.note, lines=lines)
 
 
-def on_emulator(value: Any) -> Any:
-    """Arrays as arrays of the device `emulated`, in tuples, lists and dicts too."""
+def on_emulator(value: Any, device: str = "emulated") -> Any:
+    """Arrays as arrays of the device `emulated`, or of another one; in tuples, lists and dicts too."""
     if isinstance(value, np.ndarray):
-        return to_device(value, "emulated")
+        return to_device(value, device)
     if isinstance(value, dict):
-        return {name: on_emulator(v) for name, v in value.items()}
-    return type(value)(map(on_emulator, value)) if isinstance(value, list | tuple) else value
+        return {name: on_emulator(v, device) for name, v in value.items()}
+    return type(value)(on_emulator(v, device) for v in value) if isinstance(value, list | tuple) else value
 
 
 def count(primitive: str | Primitive, *args: Any) -> list[Count]:
@@ -52,14 +52,20 @@ def count(primitive: str | Primitive, *args: Any) -> list[Count]:
 
     Raises BenchError on an unknown primitive, and on one for which there is no CUDA kernel.
     """
+    p, variants = cuda_variants(primitive)
+    want = outputs(p, p.variants["reference"], *in_float64(args, {}))
+    given = on_emulator(args)
+    return [_count(p, v, given, want) for v in variants]
+
+
+def cuda_variants(primitive: str | Primitive) -> tuple[Primitive, list[dispatch.Variant]]:
+    """A primitive, and its variants for GPUs. Raises BenchError if there is no such primitive, or no such variant."""
     p = primitive_of(primitive)
     variants = [v for v in p.variants.values() if v.device == "cuda"]
     if not variants:
         having = [q.name for q in dispatch.primitives.values() if any(v.device == "cuda" for v in q.variants.values())]
         raise BenchError(f"{p.name} has no CUDA kernel; there are kernels of: {', '.join(sorted(having))}")
-    want = outputs(p, p.variants["reference"], *in_float64(args, {}))
-    given = on_emulator(args)
-    return [_count(p, v, given, want) for v in variants]
+    return p, variants
 
 
 def _count(p: Primitive, variant: dispatch.Variant, args: tuple, want: Sequence[np.ndarray]) -> Count:

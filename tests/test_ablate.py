@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from launch import environment
+from launch import NEEDS_GXX, environment
 
 from nanocnn.data import load
 from nanocnn.kernels import dispatch
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
 
 import ablate  # noqa: E402
+import counted  # noqa: E402
 import laboratory  # noqa: E402
 from laboratory import Configuration, Laboratory, Row  # noqa: E402
 from waterfall import waterfall  # noqa: E402
@@ -118,6 +120,61 @@ def test_a_ladder_is_climbed_rung_by_rung(tmp_path, monkeypatch, capsys):
     for name in idle:
         assert f"max_pool2d={name}" in printed.partition("not used here, no layer is theirs:")[2]
     assert [bar["ms"] for bar in told["waterfall"]] == [row["ms"] for row in rungs]
+
+
+# ------------------------------------------------------------------ on the emulator
+
+
+@NEEDS_GXX
+def test_on_the_emulator_a_step_is_counted(tmp_path, monkeypatch, capsys):
+    words = ["--quick", "--device", "emulated", "--bars", 1, "--only", "max_pool2d", "fuse", "graph"]
+    args = options(monkeypatch, *words, "--out", tmp_path)
+    assert (args.batch, args.width, args.batch_norm) == (2, 0.05, True)
+    ablate.ablate(args)
+    told = json.loads((tmp_path / "ablation.json").read_text())
+    rows = {row["label"]: row for row in told["configurations"]}
+    assert next(iter(rows)) == "everything on"
+    assert {"max_pool2d=reference", "fuse=off", "textbook"} < set(rows)  # and not graph=on: that is for the CPU
+    assert all(row["error"] == "" and "ms" not in row for row in rows.values())
+    base, pool, unfused = (rows[name] for name in ("everything on", "max_pool2d=reference", "fuse=off"))
+    assert base["kernels"] - pool["kernels"] == base["look"]["calls"]["max_pool2d"]["cuda"] == 3
+    assert pool["calls"] > base["calls"] + 100  # of NumPy's: a look at each place of each window
+    assert unfused["kernels"] > base["kernels"]
+    assert base["bytes"] == base["sectors"] * 32 + base["bytes_of_numpy"]
+    assert unfused["ratio"] == unfused["bytes"] / base["bytes"] > 1
+    assert rows["textbook"]["kernels"] == 0
+    assert all(row["loss"] == pytest.approx(base["loss"], rel=1e-4) for row in rows.values())
+    assert told["waterfall"][0]["MB"] == rows["textbook"]["megabytes"]
+    lines = list(csv.DictReader((tmp_path / "ablation.csv").read_text().splitlines()))
+    assert [int(line["kernels"]) for line in lines] == [row["kernels"] for row in rows.values()]
+    printed = capsys.readouterr().out
+    assert "counted in the emulator and not measured" in " ".join(printed.split())
+    assert (tmp_path / "waterfall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_numpy_does_to_arrays_of_the_device_is_counted():
+    x, y = (dispatch.to_device(np.ones((4, 8), np.float32), "emulated") for _ in range(2))
+    one, two = np.ones(3), np.empty(3)
+    size = x.nbytes
+    for work, calls, moved in (
+        (lambda: x + y, 1, 3 * size),
+        (lambda: np.add(x, y, out=y), 1, 3 * size),
+        (lambda: x.sum(axis=0), 1, size + 8 * 4),
+        (lambda: x @ y.T, 1, 2 * size + 16 * 4),
+        (lambda: np.where(x > 0, x, 0), 2, (size + 32) + (32 + 2 * size)),
+        (lambda: np.transpose(x), 0, 0),  # a view
+        (lambda: np.add(one, one, out=two), 0, 0),  # of the CPU
+    ):
+        plain = work()
+        with counted.numpy_counted() as numpy_did:
+            result = work()
+        assert (numpy_did.calls, numpy_did.bytes) == (calls, moved)
+        assert dispatch.device_of(result) == dispatch.device_of(plain)
+        assert result.shape == plain.shape
+    with counted.numpy_counted() as numpy_did:
+        np.pad(x, 1)  # which calls others
+    assert numpy_did.calls == 1
+    assert "__array_ufunc__" not in vars(dispatch.Emulated)  # afterwards it is as it was
 
 
 @pytest.mark.parametrize(

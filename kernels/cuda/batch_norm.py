@@ -18,24 +18,14 @@ from ..batch_norm import (
     statistics_dtype,
 )
 from .launch import Kernel, contiguous, empty, one_each, reals
-from .reduce import add_up, over_rows, partials
+from .reduce import ROWS, add_up, over_rows, partials
 
-SUMS, MOMENTS, TOGETHER, APPLY, RUNNING, SCALE, GRAD_STATS, RESIDUAL_GRAD_STATS, SHARES, GRAD = (
-    Kernel("batch_norm.cu", f"batch_norm_{name}")
-    for name in (
-        "sums",
-        "moments",
-        "together",
-        "apply",
-        "running",
-        "scale",
-        "grad_stats",
-        "residual_grad_stats",
-        "shares",
-        "grad",
-    )
+SUMS, MOMENTS, TOGETHER, APPLY, GRAD_STATS, RESIDUAL_GRAD_STATS, GRAD = (
+    Kernel("batch_norm.cu", f"batch_norm_{name}", ROWS)
+    for name in ("sums", "moments", "together", "apply", "grad_stats", "residual_grad_stats", "grad")
 )
-ADD_UP = Kernel("batch_norm.cu", "add_up")
+RUNNING, SCALE, SHARES = (Kernel("batch_norm.cu", f"batch_norm_{name}") for name in ("running", "scale", "shares"))
+ADD_UP = Kernel("batch_norm.cu", "add_up", ROWS)
 
 
 def _launch(x):

@@ -13,8 +13,10 @@ import numpy as np
 from ..conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from ..epilogue import finish
 from ..im2col import output_shape
-from .im2col import BIGGEST, MOST_Y, geometry
-from .launch import Kernel, aligned, contiguous, empty, is_aligned, one_each, reals
+from .im2col import BIGGEST, geometry
+from .launch import MOST_Y, Kernel, aligned, contiguous, empty, is_aligned, one_each, reals
+from .source import macros
+from .tunable import Tunable
 
 # ------------------------------------------------------------------ what the kernels can do
 
@@ -58,9 +60,20 @@ def _blocks(rows, columns, tile):
 
 # ------------------------------------------------------------------ forward
 
-NAIVE, IMPLICIT, VECTORISED = (Kernel("conv2d.cu", f"conv2d_{name}") for name in ("naive", "implicit", "vectorised"))
-TILE = 64, 64  # rows and columns that a block computes: BLOCK_M and BLOCK_N of conv2d.cu
-TALL = 128, 64  # TALL and WIDE
+TILES = Tunable(
+    "256 threads with 16 sums each; 64 columns, since networks for small images begin with 64 channels",
+    macros("conv2d.cu", "BLOCK_M", "BLOCK_N", "BLOCK_K", "THREAD_M", "THREAD_N"),
+    dict(BLOCK_K=8),
+    dict(BLOCK_M=32, BLOCK_N=32, THREAD_M=2, THREAD_N=2),
+    dict(BLOCK_M=128, BLOCK_K=8, THREAD_M=8),
+)
+NAIVE, IMPLICIT = Kernel("conv2d.cu", "conv2d_naive"), Kernel("conv2d.cu", "conv2d_implicit", TILES)
+VECTORISED = Kernel("conv2d.cu", "conv2d_vectorised")  # not tunable: its 128 threads' loads are written for its tiles
+
+
+def _tile(kernel):
+    """Rows and columns of the product that a block computes."""
+    return (kernel["TALL"], kernel["WIDE"]) if "vectorised" in kernel.name else (kernel["BLOCK_M"], kernel["BLOCK_N"])
 
 
 def _sizes(x_shape, w_shape, stride, padding, dilation):
@@ -76,7 +89,7 @@ def _end(bias, residual):
 
 def _narrow(columns, groups):
     """Whether a group has too few columns for a tile: then what a tile shares is little, and most of it idle."""
-    return groups > 1 and columns // groups < TILE[1] // 4
+    return groups > 1 and columns // groups < IMPLICIT["BLOCK_N"] // 4
 
 
 def _naive_pays(x, w, stride, padding, dilation, groups, **epilogue):
@@ -110,7 +123,8 @@ def conv2d_cuda_implicit(x, w, stride, padding, dilation, groups, *, bias=None, 
     m, o = math.prod(y.shape[:3]), w.shape[3]
     given = contiguous(x), contiguous(w), *_end(bias, residual), y
     sizes = _sizes(x.shape, w.shape, stride, padding, dilation)
-    IMPLICIT((_blocks(m, o // groups, TILE), groups), (256,), *given, m, *sizes, groups, relu)
+    grid = _blocks(m, o // groups, _tile(IMPLICIT)), groups
+    IMPLICIT(grid, (IMPLICIT["THREADS"],), *given, m, *sizes, groups, relu)
     return y
 
 
@@ -129,7 +143,7 @@ def _run_vectorised(x, w, y, stride, padding, dilation, bias=None, residual=None
     m, (kh, kw, _, o) = math.prod(y.shape[:3]), w.shape
     sizes = *x.shape[1:], kh, kw, o, *y.shape[1:3], *stride, *padding, *dilation
     given = aligned(x), aligned(w), *_end(bias, residual), y
-    VECTORISED((_blocks(m, o, TALL),), (128,), *given, m, *sizes, relu)
+    VECTORISED((_blocks(m, o, _tile(VECTORISED)),), (128,), *given, m, *sizes, relu)
 
 
 @conv2d.variant("cuda_vectorised", device="cuda", supports=_fours)
@@ -142,7 +156,8 @@ def conv2d_cuda_vectorised(x, w, stride, padding, dilation, groups, *, bias=None
 
 # ------------------------------------------------------------------ the gradient of the images
 
-GRAD_X_NAIVE, GRAD_X_IMPLICIT = (Kernel("conv2d.cu", f"conv2d_grad_x_{name}") for name in ("naive", "implicit"))
+GRAD_X_NAIVE = Kernel("conv2d.cu", "conv2d_grad_x_naive")
+GRAD_X_IMPLICIT = Kernel("conv2d.cu", "conv2d_grad_x_implicit", TILES)
 
 
 def _naive_pays_x(gy, w, x_shape, stride, padding, dilation, groups, **residual):
@@ -173,9 +188,10 @@ def conv2d_grad_x_cuda_implicit(gy, w, x_shape, stride, padding, dilation, group
     gx = empty(gy, x_shape)
     n, height, width, _ = x_shape
     most = n * -(-height // stride[0]) * -(-width // stride[1])  # pixels of the first phase, which has the most
-    grid = _blocks(most, w.shape[2], TILE), groups * math.prod(stride)
+    grid = _blocks(most, w.shape[2], _tile(GRAD_X_IMPLICIT)), groups * math.prod(stride)
     given = contiguous(gy), contiguous(w), *_end(None, residual)[1:], gx
-    GRAD_X_IMPLICIT(grid, (256,), *given, n, *_sizes(x_shape, w.shape, stride, padding, dilation), groups)
+    sizes = _sizes(x_shape, w.shape, stride, padding, dilation)
+    GRAD_X_IMPLICIT(grid, (GRAD_X_IMPLICIT["THREADS"],), *given, n, *sizes, groups)
     return gx
 
 
@@ -228,18 +244,23 @@ def conv2d_grad_x_cuda_vectorised(gy, w, x_shape, stride, padding, dilation, gro
 
 # ------------------------------------------------------------------ the gradient of the weights
 
-GRAD_W_NAIVE, GRAD_W_IMPLICIT, GRAD_W_VECTORISED = (
-    Kernel("conv2d.cu", f"conv2d_grad_w_{name}") for name in ("naive", "implicit", "vectorised")
-)
+GRAD_W_NAIVE, GRAD_W_VECTORISED = (Kernel("conv2d.cu", f"conv2d_grad_w_{name}") for name in ("naive", "vectorised"))
+GRAD_W_IMPLICIT = Kernel("conv2d.cu", "conv2d_grad_w_implicit", TILES)
 ADD_UP = Kernel("conv2d.cu", "add_up")
-BLOCKS = 512  # so many keep a GPU busy: a few for each of its hundred multiprocessors
-SPAN = 256  # positions that a block sums up at least, before the parts are added
+# blocks: so many, if the positions suffice; span: positions that a block sums up at least, before the parts are added
+PARTS = Tunable(
+    "a few blocks for each of a GPU's hundred multiprocessors, and parts long enough to be worth their sum",
+    dict(blocks=512, span=256),
+    dict(blocks=128),
+    dict(blocks=2048),
+    dict(span=64),
+)
 
 
 def _parts(m, blocks, deep):
     """Into how many parts m positions are cut where a part is `blocks` blocks, and how many positions, a multiple of
     `deep`, a part has."""
-    parts = max(1, min(-(-BLOCKS // blocks), m // SPAN))
+    parts = max(1, min(-(-PARTS["blocks"] // blocks), m // PARTS["span"]))
     span = -(-m // parts // deep) * deep
     return -(-m // span), span
 
@@ -293,10 +314,11 @@ def _tiles_w(gy, x, w_shape, *rest, **out):
 @conv2d_grad_w.variant("cuda_implicit", device="cuda", supports=_tiles_w)
 def conv2d_grad_w_cuda_implicit(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """tiles of transposed columns that are never written, and of gy; parts of the positions, as before"""
-    blocks = _blocks(math.prod(w_shape[:3]), w_shape[3] // groups, TILE)
-    parts, span = _parts(math.prod(gy.shape[:3]), blocks * groups, 16)
+    blocks = _blocks(math.prod(w_shape[:3]), w_shape[3] // groups, _tile(GRAD_W_IMPLICIT))
+    parts, span = _parts(math.prod(gy.shape[:3]), blocks * groups, GRAD_W_IMPLICIT["BLOCK_K"])
     rest = *_sizes(x.shape, w_shape, stride, padding, dilation), groups
-    return _sum_up(GRAD_W_IMPLICIT, (blocks, groups), (256,), gy, x, w_shape, parts, span, rest, out)
+    block = (GRAD_W_IMPLICIT["THREADS"],)
+    return _sum_up(GRAD_W_IMPLICIT, (blocks, groups), block, gy, x, w_shape, parts, span, rest, out)
 
 
 def _fours_w(gy, x, *rest, **out):
@@ -306,21 +328,21 @@ def _fours_w(gy, x, *rest, **out):
 @conv2d_grad_w.variant("cuda_vectorised", device="cuda", supports=_fours_w)
 def conv2d_grad_w_cuda_vectorised(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """8 x 8 sums, four channels a load and a store, and the next tiles on their way while these are used"""
-    blocks = _blocks(math.prod(w_shape[:3]), w_shape[3], TALL)
-    parts, span = _parts(math.prod(gy.shape[:3]), blocks, 8)
+    blocks = _blocks(math.prod(w_shape[:3]), w_shape[3], _tile(GRAD_W_VECTORISED))
+    parts, span = _parts(math.prod(gy.shape[:3]), blocks, GRAD_W_VECTORISED["DEEP"])
     sizes = _sizes(x.shape, w_shape, stride, padding, dilation)
     return _sum_up(GRAD_W_VECTORISED, (blocks, 1), (128,), gy, x, w_shape, parts, span, sizes, out)
 
 
 # ------------------------------------------------------------------ tensor cores: float16, in eights of channels
 
-TENSOR, GRAD_W_TENSOR, ADD_UP_HALF = (
-    Kernel("conv2d_tensor.cu", name) for name in ("conv2d_tensor", "conv2d_grad_w_tensor", "add_up_half")
+STAGES = Tunable(
+    "three pairs of tiles: one that is used and two on their way",
+    macros("conv2d_tensor.cu", "STAGES"),
+    *(dict(STAGES=n) for n in (2, 4, 5)),
 )
-TENSOR_TILE = 128, 64  # BLOCK_M and BLOCK_N of conv2d_tensor.cu
-STAGES = 3  # pairs of tiles in shared memory, with rows 8 numbers longer than a tile's
-TENSOR_SHARED = STAGES * (128 * (32 + 8) + 32 * (64 + 8)) * 2  # bytes
-GRAD_W_SHARED = STAGES * 32 * (128 + 8 + 64 + 8) * 2
+TENSOR, GRAD_W_TENSOR = (Kernel("conv2d_tensor.cu", f"conv2d_{name}tensor", STAGES) for name in ("", "grad_w_"))
+ADD_UP_HALF = Kernel("conv2d_tensor.cu", "add_up_half")
 
 
 def _eights(x, w, *rest, **epilogue):
@@ -332,7 +354,10 @@ def _run_tensor(x, w, y, stride, padding, dilation, bias=None, residual=None, re
     m, (kh, kw, _, o) = math.prod(y.shape[:3]), w.shape
     sizes = *x.shape[1:], kh, kw, o, *y.shape[1:3], *stride, *padding, *dilation
     given = aligned(x), aligned(w), *_end(bias, residual), y
-    TENSOR((_blocks(m, o, TENSOR_TILE),), (128,), *given, m, *sizes, relu, shared=TENSOR_SHARED)
+    rows, columns, deep, stages = (TENSOR[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES"))
+    shared = stages * (rows * TENSOR["PITCH_A"] + deep * TENSOR["PITCH_B"]) * x.itemsize
+    grid, block = (_blocks(m, o, (rows, columns)),), (TENSOR["THREADS"],)
+    TENSOR(grid, block, *given, m, *sizes, relu, shared=shared)
 
 
 @conv2d.variant("cuda_tensor", device="cuda", supports=_eights)
@@ -361,12 +386,14 @@ def _eights_w(gy, x, *rest, **out):
 def conv2d_grad_w_cuda_tensor(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """tensor cores; blocks' sums stay fp32 until they are added up"""
     gw = _result(out, gy, w_shape)
-    blocks = _blocks(math.prod(w_shape[:3]), w_shape[3], TENSOR_TILE)
+    blocks, deep = _blocks(math.prod(w_shape[:3]), w_shape[3], _tile(GRAD_W_TENSOR)), GRAD_W_TENSOR["BLOCK_K"]
     m = math.prod(gy.shape[:3])
-    parts, span = _parts(m, blocks, 32)
+    parts, span = _parts(m, blocks, deep)
     sums = empty(gy, (parts, *w_shape), np.float32)
     sizes = _sizes(x.shape, w_shape, stride, padding, dilation)
     given = aligned(gy), aligned(x), sums
-    GRAD_W_TENSOR((blocks, 1, parts), (128,), *given, m, span, *sizes, shared=GRAD_W_SHARED)
+    shared = GRAD_W_TENSOR["STAGES"] * deep * (GRAD_W_TENSOR["PITCH_T"] + GRAD_W_TENSOR["PITCH_B"]) * x.itemsize
+    block = (GRAD_W_TENSOR["THREADS"],)
+    GRAD_W_TENSOR((blocks, 1, parts), block, *given, m, span, *sizes, shared=shared)
     ADD_UP_HALF(*one_each(gw.size), sums, gw, parts, gw.size)
     return _into(out, gw)

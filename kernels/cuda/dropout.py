@@ -6,19 +6,25 @@ import numpy as np
 
 from ..dropout import dropout, dropout_grad, threshold
 from ..random import random_bits
-from .launch import Kernel, contiguous, empty, one_each, reals
+from .launch import MOST_Y, Kernel, contiguous, empty, one_each, reals
+from .source import macros
+from .tunable import Tunable
 
-THREADS = 128  # of a block, as in dropout.cu
-MOST = 65535 * THREADS  # numbers in a row: a grid's second side has no more blocks
-
-RANDOM_BITS, DROPOUT_NAIVE, DROPOUT, DROPOUT_GRAD = (
-    Kernel("dropout.cu", name) for name in ("random_bits", "dropout_naive", "dropout", "dropout_grad")
+WORDS = Tunable(
+    "four warps, or fewer where a sample has not so many numbers: each thread draws for four",
+    macros("dropout.cu", "THREADS"),
+    *(dict(THREADS=n) for n in (32, 64, 256, 512)),
 )
+
+RANDOM_BITS, DROPOUT_NAIVE, DROPOUT = (
+    Kernel("dropout.cu", name, WORDS) for name in ("random_bits", "dropout_naive", "dropout")
+)
+DROPOUT_GRAD = Kernel("dropout.cu", "dropout_grad")
 
 
 def _by_samples(samples, threads):
     """Grid and block: blocks of their own for each sample, for which there is something to do for so many threads."""
-    block = min(THREADS, -(-threads // 32) * 32)
+    block = min(WORDS["THREADS"], -(-threads // 32) * 32)
     return (samples.size, -(-threads // block)), (block,)
 
 
@@ -31,7 +37,7 @@ def _scale(p):
 
 
 def _drawable(samples, n, *args, **kwargs):
-    return samples.dtype.kind in "iu" and bool(samples.size) and 0 < n <= MOST
+    return samples.dtype.kind in "iu" and bool(samples.size) and 0 < n <= MOST_Y * WORDS["THREADS"]
 
 
 @random_bits.variant("cuda", device="cuda", supports=_drawable)

@@ -22,7 +22,8 @@ from ..elementwise import (
 )
 from ..epilogue import epilogue
 from .launch import Kernel, contiguous, empty, one_each, reals
-from .reduce import add_up, over_rows, partials
+from .reduce import ROWS, add_up, over_rows, partials
+from .tunable import Tunable
 
 RELU, RELU_GRAD, EPILOGUE, SIGMOID, SIGMOID_GRAD, SILU, SILU_GRAD, GELU, GELU_GRAD = (
     Kernel("elementwise.cu", name)
@@ -38,8 +39,12 @@ RELU, RELU_GRAD, EPILOGUE, SIGMOID, SIGMOID_GRAD, SILU, SILU_GRAD, GELU, GELU_GR
         "gelu_grad",
     )
 )
-BIAS_GRAD_NAIVE, BIAS_GRAD, RELU_BIAS_GRAD, ADD_UP = (
-    Kernel("elementwise.cu", name) for name in ("bias_grad_naive", "bias_grad", "relu_bias_grad", "add_up")
+BIAS_GRAD_NAIVE = Kernel("elementwise.cu", "bias_grad_naive")
+BIAS_GRAD, RELU_BIAS_GRAD, ADD_UP = (
+    Kernel("elementwise.cu", name, ROWS) for name in ("bias_grad", "relu_bias_grad", "add_up")
+)
+COLUMNS = Tunable(
+    "one warp: columns are few and each is long, so blocks should be many", dict(threads=32), dict(threads=128)
 )
 
 
@@ -136,7 +141,7 @@ def bias_grad_cuda_naive(gy):
     """a thread for each column, from the first row to the last: whole sectors, but few threads that ask for any"""
     columns = gy.shape[-1]
     total = empty(gy, columns)
-    BIAS_GRAD_NAIVE(*one_each(columns, 32), contiguous(gy), total, gy.size // columns, columns)
+    BIAS_GRAD_NAIVE(*one_each(columns, COLUMNS), contiguous(gy), total, gy.size // columns, columns)
     return total
 
 

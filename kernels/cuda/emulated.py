@@ -294,6 +294,7 @@ class Report:
     blocks: int = 0
     barriers: int = 0
     meetings: int = 0  # of warps: shuffles, votes, matrix instructions
+    barriers_of: Counter[str] = field(default_factory=Counter)  # of each kernel
 
     def __str__(self) -> str:
         words = [f"{', '.join(f'{name} x {n}' for name, n in self.launches.items())}: {self.blocks} blocks"]
@@ -317,6 +318,7 @@ class Report:
         rows = [found[i] for i in range(count.value)]
         places = _places(code, [row.pc for row in rows])
         self.launches[kernel] += 1
+        self.barriers_of[kernel] += totals[1]
         self.blocks, self.barriers, self.meetings = (
             a + b for a, b in zip((self.blocks, self.barriers, self.meetings), totals, strict=True)
         )

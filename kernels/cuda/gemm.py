@@ -11,6 +11,8 @@ import numpy as np
 from ..epilogue import finish
 from ..matmul import matmul
 from .launch import Kernel, aligned, empty, is_aligned
+from .source import macros
+from .tunable import Tunable
 
 
 def _matrices(dtype, multiple=1):
@@ -35,47 +37,86 @@ def _product(kernel, grid, block, a, b, out, epilogue, shared=0):
     return finish(c, **epilogue)
 
 
-NAIVE, COALESCED, TILED, REGISTERS, VECTORISED = (
-    Kernel("gemm.cu", f"gemm_{name}") for name in ("naive", "coalesced", "tiled", "registers", "vectorised")
+NAIVE_BLOCK = Tunable(
+    "256 threads in a square: as many rows of A as columns of B",
+    dict(m=16, n=16),
+    dict(m=32, n=8),
+    dict(m=8, n=32),
 )
-TENSOR = Kernel("gemm_tensor.cu", "gemm_tensor")
+COALESCED_BLOCK = Tunable(
+    "256 threads, a whole warp along a row of B: its loads are whole sectors",
+    dict(n=32, m=8),
+    dict(n=32, m=4),
+    dict(n=32, m=32),
+    dict(n=16, m=16),
+)
+TILES = Tunable(
+    "the most threads that a block may have, 32 x 32: a number serves as many sums as can be",
+    macros("gemm.cu", "TILE"),
+    dict(TILE=16),
+    dict(TILE=8),
+)
+REGISTER_TILES = Tunable(
+    "256 threads with 16 sums each; fewer sums a thread ask more of shared memory, more leave room for fewer warps",
+    macros("gemm.cu", "BLOCK_M", "BLOCK_N", "BLOCK_K", "THREAD_M", "THREAD_N"),
+    dict(BLOCK_K=8),
+    dict(BLOCK_M=32, BLOCK_N=32, THREAD_M=2, THREAD_N=2),
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=8, THREAD_M=8, THREAD_N=8),
+)
+TENSOR_TILES = Tunable(
+    "three pairs of tiles, one in use and two on their way; registers leave room for two blocks, which fit in 164 KB",
+    macros("gemm_tensor.cu", "STAGES", "BLOCK_K"),
+    dict(STAGES=2),
+    dict(STAGES=4),
+    dict(STAGES=5),
+    dict(BLOCK_K=16),
+    dict(BLOCK_K=64),
+)
+
+NAIVE, COALESCED = Kernel("gemm.cu", "gemm_naive"), Kernel("gemm.cu", "gemm_coalesced")
+TILED, REGISTERS = Kernel("gemm.cu", "gemm_tiled", TILES), Kernel("gemm.cu", "gemm_registers", REGISTER_TILES)
+VECTORISED = Kernel("gemm.cu", "gemm_vectorised")  # not tunable: each of its 256 threads brings four numbers of a tile
+TENSOR = Kernel("gemm_tensor.cu", "gemm_tensor", TENSOR_TILES)
 
 
 @matmul.variant("cuda_naive", device="cuda", supports=_matrices(np.float32), auto=False)
 def matmul_cuda_naive(a, b, out=None, **epilogue):
     """a thread for each number of C; what neighbours read of A lies far apart"""
-    return _product(NAIVE, [("m", 16), ("n", 16)], (16, 16), a, b, out, epilogue)
+    block = NAIVE_BLOCK.numbers()
+    return _product(NAIVE, [("m", block["m"]), ("n", block["n"])], (block["m"], block["n"]), a, b, out, epilogue)
 
 
 @matmul.variant("cuda_coalesced", device="cuda", supports=_matrices(np.float32), auto=False)
 def matmul_cuda_coalesced(a, b, out=None, **epilogue):
     """neighbouring threads read neighbouring numbers: a quarter of the sectors"""
-    return _product(COALESCED, [("n", 32), ("m", 8)], (32, 8), a, b, out, epilogue)
+    block = COALESCED_BLOCK.numbers()
+    return _product(COALESCED, [("n", block["n"]), ("m", block["m"])], (block["n"], block["m"]), a, b, out, epilogue)
 
 
 @matmul.variant("cuda_tiled", device="cuda", supports=_matrices(np.float32), auto=False)
 def matmul_cuda_tiled(a, b, out=None, **epilogue):
     """tiles of 32 x 32 in shared memory: each number from global memory serves 32 sums"""
-    return _product(TILED, [("n", 32), ("m", 32)], (32, 32), a, b, out, epilogue)
+    tile = TILED["TILE"]
+    return _product(TILED, [("n", tile), ("m", tile)], (tile, tile), a, b, out, epilogue)
 
 
 @matmul.variant("cuda_registers", device="cuda", supports=_matrices(np.float32), auto=False)
 def matmul_cuda_registers(a, b, out=None, **epilogue):
     """4 x 4 sums in a thread's registers: 8 numbers from shared memory serve 16 multiplications, in place of 1"""
-    return _product(REGISTERS, [("n", 64), ("m", 64)], (256,), a, b, out, epilogue)
+    tile = [("n", REGISTERS["BLOCK_N"]), ("m", REGISTERS["BLOCK_M"])]
+    return _product(REGISTERS, tile, (REGISTERS["THREADS"],), a, b, out, epilogue)
 
 
 @matmul.variant("cuda_vectorised", device="cuda", supports=_matrices(np.float32, multiple=4), auto=False)
 def matmul_cuda_vectorised(a, b, out=None, **epilogue):
     """8 x 8 sums, four numbers a load, and the next tiles on their way while these are used"""
-    return _product(VECTORISED, [("n", 128), ("m", 128)], (256,), a, b, out, epilogue)
-
-
-STAGES = 3  # pairs of tiles in shared memory, as in gemm_tensor.cu, with rows 8 numbers longer than a tile's
-TENSOR_SHARED = STAGES * (128 * (32 + 8) + 32 * (128 + 8)) * 2  # bytes
+    wide = VECTORISED["WIDE"]
+    return _product(VECTORISED, [("n", wide), ("m", wide)], (256,), a, b, out, epilogue)
 
 
 @matmul.variant("cuda_tensor", device="cuda", supports=_matrices(np.float16, multiple=8), auto=False)
 def matmul_cuda_tensor(a, b, out=None, **epilogue):
     """tensor cores, fp16 with sums in fp32; asynchronous copies three tiles ahead"""
-    return _product(TENSOR, [("n", 128), ("m", 128)], (256,), a, b, out, epilogue, shared=TENSOR_SHARED)
+    m, n, k, stages = (TENSOR[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES"))
+    shared = stages * (m * TENSOR["PITCH_A"] + k * TENSOR["PITCH_B"]) * a.itemsize
+    return _product(TENSOR, [("n", n), ("m", m)], (256,), a, b, out, epilogue, shared=shared)

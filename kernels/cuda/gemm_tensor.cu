@@ -10,7 +10,9 @@
 #endif
 #define BLOCK_M 128  // rows of C that a block computes, by 2 rows of
 #define BLOCK_N 128  // and columns, by 4 columns of warps
+#ifndef BLOCK_K
 #define BLOCK_K 32
+#endif
 #define WARP_M 64
 #define WARP_N 32
 #define PITCH_A (BLOCK_K + 8)  // numbers from row to row: 8 rows of 16 bytes then lie in different banks

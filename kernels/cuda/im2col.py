@@ -10,13 +10,17 @@ from typing import Any
 
 from ..dispatch import xp_of
 from ..im2col import col2im, im2col, output_shape
-from .launch import Kernel, aligned, contiguous, empty, reals
+from .launch import MOST_Y, Kernel, aligned, contiguous, empty, reals
+from .tunable import Tunable
 
 IM2COL, VECTORISED, ATOMIC, GATHER = (
     Kernel("im2col.cu", name) for name in ("im2col", "im2col_vectorised", "col2im_atomic", "col2im")
 )
-THREADS = 256  # of a block, along a row
-MOST_Y = 65535  # blocks along y (or z) of a grid, on every GPU
+ALONG = Tunable(
+    "8 warps along a row: what lies together is loaded together",
+    dict(threads=256),
+    *(dict(threads=n) for n in (64, 128, 512, 1024)),
+)
 BIGGEST = 2**31 - 2**10  # counts that are `int` in a kernel, and may be passed by part of a block
 
 
@@ -32,7 +36,7 @@ def _fits(x_shape: Any, kernel: Any, *rest: Any) -> bool:
         return False
     n, oh, ow = output_shape(x_shape, kernel, *rest)
     along = max(ow * math.prod(kernel), x_shape[2]) * x_shape[3]
-    return along <= MOST_Y * THREADS and n * max(oh, x_shape[1]) < BIGGEST
+    return along <= MOST_Y * ALONG["threads"] and n * max(oh, x_shape[1]) < BIGGEST
 
 
 def _images(x, kernel, stride, padding, dilation):
@@ -52,7 +56,8 @@ def _columns(cols, x_shape, kernel, stride, padding, dilation):
 
 def _rows(count: int, along: int) -> tuple[tuple[int, int], tuple[int]]:
     """Grid and block for so many rows of so many threads."""
-    return (count, -(-along // THREADS)), (THREADS,)
+    threads = ALONG["threads"]
+    return (count, -(-along // threads)), (threads,)
 
 
 def _im2col(kernel_of, vector, x, kernel, *rest):

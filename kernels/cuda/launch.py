@@ -3,16 +3,17 @@
     tiled = Kernel("gemm.cu", "gemm_tiled", TILE=16)
     tiled((blocks, blocks), (16, 16), a, b, c, m, n, k)   # arrays of CuPy: on the GPU; `emulated`: on the CPU
 
-A macro of the source is a parameter that the reader can see. One, REAL, is the type of a kernel's arrays: a kernel
-whose parameters say `real*` is compiled for the dtype of the arrays that it is given.
+A macro of the source is a parameter that the reader can see; tunable.py changes some. One, REAL, is the type of a
+kernel's arrays: a kernel whose parameters say `real*` is compiled for the dtype of the arrays that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,18 +21,20 @@ from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import emulated
-from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, signatures
+from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, macros, signatures
+from .tunable import Tunable
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
 PLAIN_SHARED = 48 << 10  # bytes that a block may have without asking for more
 MOST_THREADS = 1024  # of a block, on every GPU
+MOST_Y = 65535  # blocks along y (or z) of a grid, on every GPU
 
 
 class Kernel:
     """One kernel of one file, with the macros that it is compiled with."""
 
-    def __init__(self, file: str, name: str, **defines: Any):
-        self.file, self.name, self.defines = file, name, defines
+    def __init__(self, file: str, name: str, tunable: Tunable | None = None, **defines: Any):
+        self.file, self.name, self.tunable, self.defines = file, name, tunable, defines
         self._compiled: dict[tuple, Any] = {}  # for the GPU, by their macros
 
     @cached_property
@@ -40,6 +43,18 @@ class Kernel:
         if self.name not in found:
             raise ValueError(f"{self.file} has no kernel {self.name!r}; there are: {', '.join(found)}")
         return found[self.name]
+
+    def __getitem__(self, macro: str) -> int:
+        """A number of the source, as the kernel is compiled now: TILED["TILE"] is 32."""
+        return macros(self.file, **self._defines())[macro]
+
+    def _defines(self) -> dict[str, Any]:
+        """The macros that are not as in the source."""
+        numbers = self.tunable.numbers() if self.tunable else {}
+        if not self.tunable or numbers == self.tunable.default:
+            return self.defines
+        known = macros(self.file)
+        return {**self.defines, **{name: number for name, number in numbers.items() if name in known}}
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], *args: Any, shared: int = 0) -> None:
         """Run it on `grid` blocks of `block` threads (x, y, z) with `shared` bytes of dynamic shared memory.
@@ -59,7 +74,7 @@ class Kernel:
         if real is not None and real not in REALS:
             raise TypeError(f"{self.name} takes arrays of {', '.join(map(str, REALS))}; got {real}")
         checked = [_argument(self.name, p, a, real) for p, a in zip(parameters, args, strict=True)]
-        defines = tuple(sorted({**self.defines, **({"REAL": REALS[real]} if real else {})}.items()))
+        defines = tuple(sorted({**self._defines(), **({"REAL": REALS[real]} if real else {})}.items()))
         grid, block = _three(grid), _three(block)
         if min(*grid, *block) < 1 or np.prod(block) > MOST_THREADS:
             raise ValueError(
@@ -68,6 +83,8 @@ class Kernel:
         devices = {device_of(a) for _, a in each_array(zip(parameters, args, strict=True))}
         if len(devices) != 1 or devices == {"cpu"}:
             raise DeviceError(f"{self.name} needs arrays of one device, 'cuda' or 'emulated'; got {sorted(devices)}")
+        if _launches is not None:
+            _launches.append(Launch(self, dict(defines), grid, block, shared))
         if devices == {"emulated"}:
             emulated_array.change(
                 lambda: emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
@@ -102,6 +119,35 @@ def _pointers(arrays: list[Any]) -> Any:
     return _tables[addresses]
 
 
+class Launch(NamedTuple):
+    """One call of a kernel."""
+
+    kernel: Kernel
+    defines: dict[str, Any]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int  # bytes of dynamic shared memory
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.block[0] * self.block[1] * self.block[2]
+
+
+_launches: list[Launch] | None = None
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """What is launched inside, in order."""
+    global _launches
+    before, _launches = _launches, []
+    try:
+        yield _launches
+    finally:
+        _launches = before
+
+
 def reals(*args: Any, **kwargs: Any) -> bool:
     """What a variant supports whose kernels take `real*`: float arrays, not empty, all of one such dtype."""
     arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and a.dtype.kind == "f" and a.ndim]
@@ -113,8 +159,16 @@ def _three(size: Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def one_each(count: int, threads: int = 256) -> tuple[tuple[int], tuple[int]]:
+ONE_EACH = Tunable(
+    "8 warps: enough blocks to balance, and eight of them fill a multiprocessor's 64 warps",
+    dict(threads=256),
+    *(dict(threads=n) for n in (64, 128, 512, 1024)),
+)
+
+
+def one_each(count: int, tunable: Tunable = ONE_EACH) -> tuple[tuple[int], tuple[int]]:
     """Grid and block for `count` threads, one for each number; the last block may have some too many."""
+    threads = tunable["threads"]
     return (max(1, -(-count // threads)),), (threads,)
 
 

@@ -8,10 +8,14 @@ import numpy as np
 
 from ..im2col import output_shape
 from ..pool2d import avg_pool2d, avg_pool2d_grad, max_pool2d, max_pool2d_grad
-from .launch import Kernel, contiguous, empty, reals
+from .launch import MOST_Y, Kernel, contiguous, empty, reals
+from .tunable import Tunable
 
-THREADS = 256  # of a block, at most: neighbours in one row of the result
-MOST = 65535 * THREADS  # numbers in a row: a grid's second side has no more blocks
+ALONG = Tunable(
+    "8 warps, or fewer where a row of the result has not so many numbers",
+    dict(threads=256),
+    *(dict(threads=n) for n in (64, 128, 512, 1024)),
+)
 
 MAX_POOL2D, MAX_POOL2D_GRAD, AVG_POOL2D, AVG_POOL2D_GRAD = (
     Kernel("pool2d.cu", name) for name in ("max_pool2d", "max_pool2d_grad", "avg_pool2d", "avg_pool2d_grad")
@@ -21,12 +25,13 @@ MAX_POOL2D, MAX_POOL2D_GRAD, AVG_POOL2D, AVG_POOL2D_GRAD = (
 def _by_rows(shape):
     """Grid and block for the numbers of (N, H, W, C): a row of the images to blocks of their own."""
     n, h, w, c = shape
-    threads = min(THREADS, -(-w * c // 32) * 32)
+    threads = min(ALONG["threads"], -(-w * c // 32) * 32)
     return (n * h, -(-w * c // threads)), (threads,)
 
 
 def _images(x, *args, **kwargs):
-    return reals(x) and (x.shape[2] + 1) * x.shape[3] <= MOST  # with padding, a row of windows may have one more
+    row = (x.shape[2] + 1) * x.shape[3]  # with padding, a row of windows may have one more
+    return reals(x) and row <= MOST_Y * ALONG["threads"]  # blocks along a grid's second side
 
 
 def _fits_a_byte(x, kernel, *args, **kwargs):
@@ -45,7 +50,7 @@ def max_pool2d_cuda(x, kernel, stride, padding, relu=False):
 
 
 def _gradients(gy, x_shape, *args, **kwargs):
-    return reals(gy) and math.prod(x_shape) > 0 and x_shape[2] * x_shape[3] <= MOST
+    return reals(gy) and math.prod(x_shape) > 0 and x_shape[2] * x_shape[3] <= MOST_Y * ALONG["threads"]
 
 
 def _gradients_of_bytes(gy, position, x_shape, *args, **kwargs):

@@ -19,7 +19,9 @@ template <class T> __device__ __forceinline__ T warp_max(T v) {
 // ------------------------------------------------------------------ over rows: reduce.py has the launch
 
 // Neighbouring threads (x) take neighbouring columns; the rows of a block are shared by its threads' y.
+#ifndef THREADS
 #define THREADS 256  // of a block
+#endif
 #define COLUMN ((int)(blockIdx.x * blockDim.x + threadIdx.x))
 #define ROWS_FROM ((long long)blockIdx.y * each + threadIdx.y)
 #define ROWS_TO min(rows, (long long)(blockIdx.y + 1) * each)

@@ -9,18 +9,28 @@ from __future__ import annotations
 import numpy as np
 
 from .launch import empty
+from .source import macros
+from .tunable import Tunable
 
-THREADS = 256  # of a block, as in reduce.cuh
-EACH = 8  # rows that a thread adds up, at least
-MOST = 1024  # blocks, about: several for every multiprocessor, and few parts for the second kernel
+# each: rows that a thread adds up, at least; most: blocks, about
+ROWS = Tunable(
+    "256 threads, eight rows a thread or more; and no more blocks than keep all multiprocessors busy, whose parts a "
+    "second kernel adds up",
+    {**macros("reduce.cuh", "THREADS"), "each": 8, "most": 1024},
+    dict(THREADS=128),
+    dict(THREADS=512),
+    dict(each=2),
+    dict(each=32),
+    dict(most=256),
+)
 
 
 def over_rows(rows, columns):
     """Grid, block, and the rows of a block. Its columns are a power of 2, and 8 (a sector) or more if there are 8."""
     able = (w for w in (32, 16, 8, 4, 2, 1) if w >= min(8, columns))
     width = min(able, key=lambda w: -(-columns // w) * w)  # as few threads without a column as can be
-    depth, across = THREADS // width, -(-columns // width)
-    each = max(EACH * depth, -(-rows // max(1, MOST // across)))
+    depth, across = ROWS["THREADS"] // width, -(-columns // width)
+    each = max(ROWS["each"] * depth, -(-rows // max(1, ROWS["most"] // across)))
     return (across, -(-rows // each)), (width, depth), each
 
 

@@ -8,8 +8,16 @@ from ..softmax import cross_entropy, cross_entropy_grad, log_softmax, log_softma
 from .elementwise import alike
 from .launch import Kernel, contiguous, empty, one_each, reals
 from .reduce import sums_dtype
+from .tunable import Tunable
 
-WARPS = 4  # of a block, a row each
+WARPS = Tunable(
+    "four warps, a row each: small blocks spread few rows over many multiprocessors",
+    dict(warps=4),
+    dict(warps=1),
+    dict(warps=8),
+    dict(warps=16),
+)
+ROW_EACH = Tunable("four warps: rows are few", dict(threads=128), dict(threads=32), dict(threads=256))
 
 SOFTMAX, LOG_SOFTMAX, SOFTMAX_GRAD, LOG_SOFTMAX_GRAD, CROSS_ENTROPY_NAIVE, CROSS_ENTROPY, CROSS_ENTROPY_GRAD = (
     Kernel("softmax.cu", name)
@@ -27,7 +35,8 @@ SOFTMAX, LOG_SOFTMAX, SOFTMAX_GRAD, LOG_SOFTMAX_GRAD, CROSS_ENTROPY_NAIVE, CROSS
 
 def _warp_a_row(rows):
     """Grid and block."""
-    return (-(-rows // WARPS),), (32, WARPS)
+    warps = WARPS["warps"]
+    return (-(-rows // warps),), (32, warps)
 
 
 def _by_rows(kernel, *arrays):
@@ -82,7 +91,7 @@ def _losses(kernel, launch, logits, labels, smoothing):
 @cross_entropy.variant("cuda_naive", device="cuda", supports=_logits_and_labels, auto=False)
 def cross_entropy_cuda_naive(logits, labels, smoothing):
     """a thread for each row, largest and sum in one pass; what neighbours read lies a row apart"""
-    return _losses(CROSS_ENTROPY_NAIVE, one_each(len(logits), 128), logits, labels, smoothing)
+    return _losses(CROSS_ENTROPY_NAIVE, one_each(len(logits), ROW_EACH), logits, labels, smoothing)
 
 
 @cross_entropy.variant("cuda", device="cuda", supports=_logits_and_labels)

@@ -8,6 +8,7 @@ Kernels are `extern "C"`: what differs between two builds of one is a macro (-DT
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ KERNEL = re.compile(
 )
 INCLUDE = re.compile(r'^#include "([\w.]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*")
+MACRO = re.compile(r"^#define (\w+) +([\w\s()+*/-]+?)\s*(?://.*)?$", re.M)  # a number, or made of other macros
 
 # What a pointer may point to, and which numbers may be given where C++ has a number.
 ARRAYS = {
@@ -102,6 +104,26 @@ def _parameter(word: str, file: str) -> Parameter:
     if plain not in (ARRAYS if pointer else NUMBERS) and not (pointer and plain in (REAL, SUM)):
         raise ValueError(f"{file}: a kernel's parameter `{' '.join(words)}`: expected one of {', '.join(ARRAYS)}")
     return Parameter(name, plain, pointer, constant, many)
+
+
+@cache
+def macros(file: str, *names: str, **others: int) -> dict[str, int]:
+    """The macros of a file, and of what it includes, that are numbers: all, or those named.
+
+    Those that are made of others, such as (BLOCK_M / THREAD_M), are computed; `others` are numbers that -D puts in
+    place of the source's.
+    """
+    text = dict(MACRO.findall(with_includes(file))) | {n: str(v) for n, v in others.items()}
+
+    def number(words: str) -> int:
+        plain = re.sub(r"[A-Za-z_]\w*", lambda name: str(number(text[name[0]])), words)
+        return eval(plain.replace("/", "//"))  # digits, brackets and + - * / are left
+
+    found = {}
+    for name, words in text.items():
+        with contextlib.suppress(KeyError, SyntaxError):  # no number, but a piece of code
+            found[name] = number(words)
+    return {name: found[name] for name in names} if names else found
 
 
 @cache

@@ -8,11 +8,10 @@ import numpy as np
 
 from ..update import adagrad_update, adam_update, ema_update, lars_update, scale_, sgd_update, sum_of_squares
 from .launch import Kernel, empty, one_each, reals
-from .reduce import EACH, MOST, THREADS
+from .reduce import ROWS
 
-SGD, ADAM, ADAGRAD, EMA, SCALE, SUM_OF_SQUARES, ADD_UP = (
-    Kernel("update.cu", name) for name in ("sgd", "adam", "adagrad", "ema", "scale", "sum_of_squares", "add_up")
-)
+SGD, ADAM, ADAGRAD, EMA, SCALE = (Kernel("update.cu", name) for name in ("sgd", "adam", "adagrad", "ema", "scale"))
+SUM_OF_SQUARES, ADD_UP = (Kernel("update.cu", name, ROWS) for name in ("sum_of_squares", "add_up"))
 
 
 def _flat(*args, **kwargs):
@@ -69,8 +68,9 @@ def scale_cuda(data, factor):
 @sum_of_squares.variant("cuda", device="cuda", supports=_flat)
 def sum_of_squares_cuda(data):
     """one pass in double, parts of blocks added up in a fixed order; nothing as large as the array is written"""
-    blocks = min(MOST, -(-data.size // (EACH * THREADS)))
+    threads = ROWS["THREADS"]
+    blocks = min(ROWS["most"], -(-data.size // (ROWS["each"] * threads)))
     partial, total = empty(data, blocks, np.float64), empty(data, 1, np.float64)
-    SUM_OF_SQUARES((blocks,), (1, THREADS), data, partial, data.size)
-    ADD_UP((1,), (1, THREADS), partial, total, blocks)
+    SUM_OF_SQUARES((blocks,), (1, threads), data, partial, data.size)
+    ADD_UP((1,), (1, threads), partial, total, blocks)
     return float(total[0])
