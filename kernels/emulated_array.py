@@ -172,15 +172,20 @@ def _wrapped(x: Any) -> Any:
 def change(compute: Callable[[], Any]) -> None:
     """What changes arrays that are there."""
     if recording is None:
-        compute()
+        _quietly(compute)
     else:
         recording.append(compute)
 
 
+def make_up_for(recorded: list[Callable[[], Any]]) -> None:
+    """Do what was recorded, in order."""
+    with np.errstate(all="ignore"):
+        for compute in recorded:
+            compute()
+
+
 def _quietly(compute: Callable[[], Any]) -> Any:
-    """Its result; while recorded without warnings, as it computes with what happens to be there, for the shape."""
-    if recording is None:
-        return compute()
+    """Its result, without NumPy's warnings: a device gives none."""
     with np.errstate(all="ignore"):
         return compute()
 

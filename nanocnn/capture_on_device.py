@@ -8,7 +8,7 @@ what keys dropout's masks lies there, too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import random
@@ -83,6 +83,12 @@ def _tensors(output: Any) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
+def _flat(values: Any) -> Iterator[Any]:
+    """The items, and those of lists and tuples among them."""
+    for value in values:
+        yield from _flat(value) if isinstance(value, list | tuple) else (value,)
+
+
 class _Changes(dispatch.Recorder):
     """Inside, what primitives change in place is noted, so that it can be put back: running statistics, weights."""
 
@@ -96,8 +102,8 @@ class _Changes(dispatch.Recorder):
 
     def kernel(self, primitive: dispatch.Primitive, variant: dispatch.Variant, args: tuple, kwargs: dict) -> Any:
         if primitive.inplace:
-            for x in (*args, *kwargs.values()):
-                if hasattr(x, "dtype") and hasattr(x, "copy") and x.ndim:
+            for x in _flat((*args, *kwargs.values())):
+                if hasattr(x, "dtype") and x.ndim:
                     self.before.setdefault(id(x), (x, x.copy()))
         return variant.body(*args, **kwargs)
 

@@ -99,17 +99,27 @@ class Optimizer:
         """For `together`, a bucket's row of `hyper`; `rate` times the learning rate of a step is the bucket's."""
         raise TypeError(f"{type(self).__name__} defines no columns()")
 
-    def _update_together(self, lr: float) -> None:
-        """All buckets by one call, which reads its numbers on the device."""
-        assert self.together is not None
+    def goes_together(self) -> bool:
+        """Whether one call updates all buckets, where they lie and as the switches are."""
+        device = device_of(self.buckets[0].data)
+        return self.together is not None and len(self.together.rungs(device)) > 1 and multi_tensor.value == "on"
+
+    def control(self) -> Any:
+        """The array on the device from which `apply` reads learning rate, step and loss scale; see multi_tensor.py."""
         rows = [self.columns(p.hyper["lr"] / self.lr if self.lr else 1.0, p.hyper) for p in self.parts]
         if self._numbers is None or self._numbers[0] != rows:
             xp = xp_of(self.buckets[0].data)
             self._numbers = rows, xp.array(rows, dtype=float), xp.zeros(5)
+        return self._numbers[2]
+
+    def apply(self, found: Any = None) -> None:
+        """Update all buckets by what stands in `control()`, unless `found`, (1,) on the device, is not 0."""
+        assert self.together is not None
+        assert self._numbers is not None, "control() comes first"
         _, hyper, control = self._numbers
-        control[:3] = xp_of(control).array([lr, self.steps - 1, 1.0])
         states = [[p.state.get(kind) for p in self.parts] for kind in self.states]
-        self.together(control, hyper, [b.data for b in self.buckets], [b.grad for b in self.buckets], *states)
+        data, grads = [b.data for b in self.buckets], [b.grad for b in self.buckets]
+        self.together(control, hyper, data, grads, *states, found=found)
 
     # ---------------------------------------------------------------- what a script calls
 
@@ -125,9 +135,10 @@ class Optimizer:
                 _check_home(part.bucket)
                 part.bucket.fill_missing()
             self.steps += 1
-            device = device_of(self.buckets[0].data)
-            if self.together is not None and len(self.together.rungs(device)) > 1 and multi_tensor.value == "on":
-                self._update_together(self.lr if lr is None else float(lr))
+            if self.goes_together():
+                control = self.control()
+                control[:3] = xp_of(control).array([self.lr if lr is None else float(lr), self.steps - 1, 1.0])
+                self.apply()
                 return
             for part in self.parts:
                 own = part.hyper["lr"]

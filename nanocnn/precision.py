@@ -102,11 +102,17 @@ class LossScaler:
                 self.scale, self.good = self.scale * self.growth, 0
             return True
         if self.scale <= self.floor:
-            least = f"{self.scale:g}, the floor of the dynamic" if self.dynamic else f"{self.scale:g}, the static"
-            raise NonFiniteGradient(f"a gradient is not finite at {least} loss scale")
+            raise self.refusal(self.scale)
         self.scale, self.good = max(self.scale * self.backoff, self.floor), 0
         self.skipped += 1
         return False
+
+    def refusal(self, scale: float) -> NonFiniteGradient:
+        """The error for an overflow that no smaller scale would cure."""
+        if not self.enabled:
+            return NonFiniteGradient("a gradient is not finite")
+        least = f"{scale:g}, the floor of the dynamic" if self.dynamic else f"{scale:g}, the static"
+        return NonFiniteGradient(f"a gradient is not finite at {least} loss scale")
 
     def figures(self) -> dict[str, float]:
         """What a run records of it; nothing if it is not enabled."""

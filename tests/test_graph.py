@@ -13,8 +13,9 @@ from nanocnn.kernels.cuda.graph import Graph, HostError
 from nanocnn.kernels.dispatch import DeviceError, device_of, to_device, xp_of
 from nanocnn.models import alexnet_cifar
 from nanocnn.parallel import Alone, GradientAverager
+from nanocnn.precision import LossScaler, NonFiniteGradient
 from nanocnn.tape import CaptureError
-from nanocnn.train import train_step
+from nanocnn.train import NonFiniteLoss, train_step
 
 pytestmark = NEEDS_GXX
 
@@ -159,24 +160,102 @@ def batches(count=4, images=4):
         yield Batch(x, y, np.arange(images) + images * step, images, 0, step)
 
 
-def trained(graph):
-    """A network with batch norm and dropout after a few steps: losses and state."""
-    nc.manual_seed(0)
-    with nc.using(graph=graph):
-        model = alexnet_cifar(width=0.1, batch_norm=True).to("emulated")
-        optimizer = nc.optim.SGD(model.named_parameters(), 0.01, momentum=0.9)
-        averager = GradientAverager(optimizer.buckets, Alone())
-        losses = [train_step(model, batch, optimizer, 0.01, averager).loss for batch in batches()]
-    return losses, model.state_dict()
+class Training:
+    """A small network with batch norm and dropout on the emulator."""
+
+    def __init__(self, graph, optimizer="SGD", precision="fp32", **scaler):
+        nc.manual_seed(0)
+        self.choices = dict(graph=graph, precision=precision)
+        self.model = alexnet_cifar(width=0.1, batch_norm=True).to("emulated")
+        more = dict(momentum=0.9) if optimizer == "SGD" else {}
+        self.optimizer = getattr(nc.optim, optimizer)(self.model.named_parameters(), 0.01, weight_decay=0.01, **more)
+        self.averager = GradientAverager(self.optimizer.buckets, Alone())
+        self.scaler = LossScaler(**scaler) if scaler else LossScaler(enabled=False)
+
+    def step(self, batch, lr=0.01):
+        with nc.using(**self.choices):
+            arguments = self.model, batch, self.optimizer, lr, self.averager
+            return train_step(*arguments, label_smoothing=0.1, scaler=self.scaler)
+
+    @property
+    def state(self):
+        found = {name: np.array(x) for name, x in self.model.state_dict().items()}
+        for kind, arrays in self.optimizer.state_dict()["state"].items():
+            found |= {f"{kind} of {name}": np.array(x) for name, x in arrays.items()}
+        return found
 
 
-def test_a_captured_step_goes_the_same_way():
-    """Bit by bit: images, labels and masks change from step to step, and so do weights and running statistics."""
-    (losses, state), (other_losses, other) = trained("off"), trained("on")
-    assert losses == other_losses
-    assert len(set(losses)) == len(losses)
+def assert_alike(a, b):
+    assert a.optimizer.steps == b.optimizer.steps
+    assert a.scaler.state_dict() == b.scaler.state_dict()
+    state, other = a.state, b.state
     for name in state:
         np.testing.assert_array_equal(state[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "LARS"])
+def test_a_recorded_step_goes_the_same_way(optimizer):
+    """Bit by bit, while images, labels, masks, weights, statistics and the learning rate change. LARS asks the host for
+    norms: of its step forward and backward are recorded."""
+    eager, recorded = Training("off", optimizer), Training("on", optimizer)
+    for i, batch in enumerate(batches()):
+        seen, other = (training.step(batch, lr=0.01 / (i + 1)) for training in (eager, recorded))
+        assert seen == other
+    assert_alike(eager, recorded)
+
+
+def test_a_recorded_step_goes_on_from_a_checkpoint():
+    """What the host was told of steps and scale reaches the device."""
+    eager, recorded = (Training(graph, "Adam", "fp16", scale=2.0**8, interval=2) for graph in ("off", "on"))
+    first, *rest = batches()
+    for training in (eager, recorded):
+        training.step(first)
+        model, optimizer, scaler = training.state, training.optimizer.state_dict(), training.scaler.state_dict()
+        optimizer = {"step": 7, "state": {k: {n: x * 1 for n, x in v.items()} for k, v in optimizer["state"].items()}}
+        training.step(rest[0])
+        training.model.load_state_dict({name: model[name] for name in training.model.state_dict()})
+        training.optimizer.load_state_dict(optimizer)
+        training.scaler.load_state_dict(scaler)
+        training.step(rest[0])
+        training.step(rest[1])
+    assert recorded.optimizer.steps == 9
+    assert recorded.scaler.scale == 2.0**9
+    assert_alike(eager, recorded)
+
+
+def test_an_overflow_skips_a_recorded_step():
+    """The scale backs off on the device, as it does on the host, until gradients fit."""
+    eager, recorded = (Training(graph, precision="fp16", scale=2.0**30, backoff=2.0**-7) for graph in ("off", "on"))
+    for batch in batches():
+        for training in (eager, recorded):
+            training.step(batch)
+    assert 0 < recorded.scaler.skipped < 4
+    assert_alike(eager, recorded)
+
+
+def test_a_recorded_step_at_the_smallest_scale():
+    training = Training("on", precision="fp16", scale=2.0**30, dynamic=False)
+    before = training.state
+    with pytest.raises(
+        NonFiniteGradient, match=r"at 1.07374e\+09, the static loss scale in epoch 1, step 1\. The first"
+    ):
+        training.step(next(batches()))
+    after = training.state
+    for name, _ in training.model.named_parameters():
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_a_loss_that_is_nan_changes_no_weight():
+    training = Training("on")
+    batch, other = batches(2)
+    training.step(batch)
+    before = training.state
+    other.x[0, 0, 0, 0] = np.nan
+    with pytest.raises(NonFiniteLoss, match="the loss is nan in epoch 1, step 2"):
+        training.step(other)
+    after = training.state
+    for name, _ in training.model.named_parameters():
+        np.testing.assert_array_equal(before[name], after[name])
 
 
 def test_a_captured_network_predicts():
