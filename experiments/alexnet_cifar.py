@@ -61,7 +61,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
     data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, train_size=args.train_images)
     if comm.rank == 0:
         say(data.notice)
-    ranks = dict(rank=comm.rank, size=comm.size)
+    ranks = dict(rank=comm.rank, size=comm.size, device=args.device)
     augment = common.make_augment(args, data)
     train_batches = Loader(data.train, args.batch_size, augment=augment, shuffle=True, seed=args.seed, **ranks)
     in_order = dict(shuffle=False, **ranks)

@@ -251,6 +251,27 @@ def _(gy, logits, labels, lse, smoothing):
     return 10 * logits.size, 2 * logits.nbytes
 
 
+@Primitive
+def cross_entropy_and_grad(logits, labels, scale, smoothing):
+    """(N, C), int64 (N,) in [0, C), scale (1,) -> losses (N,); the gradient (N, C) of scale times their sum; and int32
+    (1,), how many rows are largest at their label.
+
+    All that a step asks of the logits, and nothing that the host must know: `scale`, the loss scale over the batch size
+    say, is an array. Losses are of its dtype, float32 for float16 logits, in which everything is computed; the gradient
+    is of theirs. Of equal numbers the first is the largest; a row whose loss is NaN is not right.
+    """
+    xp, wide = xp_of(logits), logits.astype(scale.dtype, copy=False)
+    loss, lse = cross_entropy(wide, labels, smoothing)
+    gx = cross_entropy_grad(xp.broadcast_to(scale, labels.shape), wide, labels, lse, smoothing)
+    right = (logits.argmax(axis=1) == labels) & (loss == loss)
+    return loss, gx.astype(logits.dtype, copy=False), right.sum(dtype=xp.int32, keepdims=True)
+
+
+@cross_entropy_and_grad.work
+def _(logits, labels, scale, smoothing):
+    return 20 * logits.size, 2 * logits.nbytes
+
+
 softmax.work(lambda x: (10 * x.size, 2 * x.nbytes))
 log_softmax.work(lambda x: (10 * x.size, 2 * x.nbytes))
 softmax_grad.work(lambda gy, y: (4 * y.size, 3 * y.nbytes))

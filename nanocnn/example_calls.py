@@ -189,6 +189,7 @@ MAKERS: dict[str, Maker] = {
     "labels": lambda s, r: r.integers(s.out_channels, s.batch),
     "lse": lambda s, r: r.positive(2, s.batch),
     "cross_entropy_grad.gy": lambda s, r: r.normal(s.batch),
+    "cross_entropy_and_grad.scale": lambda s, r: r.positive(1),
     # dropout
     "samples": lambda s, r: np.arange(s.batch),
     "place": lambda s, r: np.array([7, 0, 0]),

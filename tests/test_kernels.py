@@ -102,7 +102,8 @@ def test_cuda_variant_equals_reference(primitive, variant):
                 continue
             with counting() as report:
                 assert_equals_reference(primitive, variant, *given)
-            assert report.blocks or variant == "cublas", "no kernel ran"
+            # A product is cuBLAS's, here that of emulated_cublas.cpp; and so is a pointwise convolution.
+            assert report.blocks or variant in ("cublas", "cuda_pointwise"), "no kernel ran"
             compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 

@@ -50,6 +50,18 @@ def test_no_thread_and_the_split_is_copied_once():
     assert loader.resident.images is images
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_that_are_sent_are_the_same(prefetch):
+    options = dict(augment=Augment(), seed=7, drop_last=False, prefetch=prefetch)
+    with nc.using(resident="off"):
+        there, here = (list(Loader(make_split(), 16, device=d, **options).epoch(3)) for d in ("emulated", None))
+    assert len(there) == len(here) == 4
+    for a, b in zip(there, here, strict=True):
+        assert device_of(a.x) == device_of(a.y) == "emulated"
+        for field in ("x", "y", "index", "global_size", "epoch", "step"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+
+
 @NEEDS_GXX
 def test_an_empty_piece_and_an_evaluation():
     split = make_split(9, (28, 28, 1))
@@ -67,7 +79,9 @@ def test_an_empty_piece_and_an_evaluation():
 def test_images_that_take_too_much(monkeypatch):
     split = make_split(5000)
     monkeypatch.setattr(resident, "free_bytes", lambda device: 2_000_000)
-    with pytest.raises(DataError, match=r"some images: 1 MB of images, and 2 MB are free on 'emulated', of which they"):
+    refusal = r"some images: 1 MB of images, and 2 MB are free on 'emulated', of which they .* with resident=off"
+    with nc.using(resident="on"), pytest.raises(DataError, match=refusal):
         Loader(split, 8, device="emulated")
+    assert Loader(split, 8, device="emulated").resident is None  # left to itself it sends them
     monkeypatch.setattr(resident, "free_bytes", lambda device: 3_000_000)
     assert Loader(split, 8, device="emulated").resident is not None

@@ -82,9 +82,9 @@ extern "C" __global__ void conv2d_grad_x_naive(const real* gy, const real* w, co
 // A thread for each weight goes through `span` of the m positions. Neighbours take neighbouring output channels: gy
 // comes in whole sectors, and x too where each channel is a group (depthwise); else they share a number of x. Two loads
 // for each multiplication. 9 x 64 x 64 weights are few threads for a GPU, so blockIdx.y is a part of the positions, and
-// add_up() adds the parts; with one part, `parts` is the result.
+// add_up() adds the parts; one part is the result, but for fp16, whose parts are fp32.
 // at most 32 registers, 0 bytes of shared memory
-extern "C" __global__ void conv2d_grad_w_naive(const real* gy, const real* x, real* parts, int m, int span, int height,
+extern "C" __global__ void conv2d_grad_w_naive(const real* gy, const real* x, sum* parts, int m, int span, int height,
                                                int width, int c, int kh, int kw, int o, int oh, int ow, int sh,
                                                int sw, int ph, int pw, int dh, int dw, int groups,
                                                long long count) {
@@ -105,7 +105,7 @@ extern "C" __global__ void conv2d_grad_w_naive(const real* gy, const real* x, re
             if (++p == oh) p = 0, image++;
         }
     }
-    parts[blockIdx.y * count + i] = (real)total;
+    parts[blockIdx.y * count + i] = total;
 }
 
 // ------------------------------------------------------------------ tiles, as in gemm_registers
@@ -250,12 +250,12 @@ conv2d_grad_x_implicit(const real* gy, const real* w, const real* residual, real
 
 // Columns, transposed (k x m), times gy (m x o). k and o are small and m is large: all tiles of the result are too
 // few blocks for a GPU. So blockIdx.z takes `span` of the m positions, a multiple of BLOCK_K, and its sums are one
-// part of `parts` (parts, kh, kw, c / groups, o), which add_up() adds; with one part, `parts` is the result. A thread
+// part of `parts` (parts, kh, kw, c / groups, o), which add_up() adds; one part is the result, but for fp16. A thread
 // always brings the same row of the columns, one tap and channel, and moves on through positions. blockIdx.y is the
 // group.
 // at most 64 registers, 8,448 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_w_implicit(const real* gy, const real* x, real* parts, int m, int span, int height, int width, int c,
+conv2d_grad_w_implicit(const real* gy, const real* x, sum* parts, int m, int span, int height, int width, int c,
                        int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh, int dw,
                        int groups) {
     __shared__ sum tile_a[BLOCK_K][BLOCK_M + 2], tile_b[BLOCK_K][BLOCK_N + 2];
@@ -297,17 +297,17 @@ conv2d_grad_w_implicit(const real* gy, const real* x, real* parts, int m, int sp
 #pragma unroll
         for (int j = 0; j < THREAD_N; j++) {
             const int r = row + y0 + i, s = column + x0 + j * (BLOCK_N / THREAD_N);
-            if (r < depth && s < outs) parts[((size_t)blockIdx.z * depth + r) * o + first_out + s] = (real)sums[i][j];
+            if (r < depth && s < outs) parts[((size_t)blockIdx.z * depth + r) * o + first_out + s] = sums[i][j];
         }
 }
 
 // The sum of the parts, one after the other: the same last bits at each call, which atomicAdd would not give.
 // at most 32 registers, 0 bytes of shared memory
-extern "C" __global__ void add_up(const real* parts, real* gw, int count_parts, long long count) {
+extern "C" __global__ void add_up(const sum* parts, real* gw, int count_parts, long long count) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     sum total = 0;
-    for (int part = 0; part < count_parts; part++) total += (sum)parts[part * count + i];
+    for (int part = 0; part < count_parts; part++) total += parts[part * count + i];
     gw[i] = (real)total;
 }
 

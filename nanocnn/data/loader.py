@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..kernels.cuda.upload import Uploads
 from ..kernels.dispatch import Switch, span
 from .augment import Augment, load_batch
 from .datasets import DataError, Split
-from .resident import Resident
+from .resident import resident_or_none
 
 prefetch_switch = Switch(
     "prefetch",
@@ -49,9 +51,10 @@ class Loader:
     shuffle: draw an order (training), or keep that of the split (evaluation). drop_last: leave out the last global
     batch if it is not full; by default when shuffling. If it is kept, a rank's piece of it may have no image.
     prefetch: how many batches the background thread keeps ready; 0, or the switch `prefetch=off`, is no thread.
-    device: where the whole split is kept, as bytes, and batches are made: with the same bits as on the CPU, and no
-    thread, since a kernel is launched and not waited for. Without one, batches are made on the CPU, of NumPy arrays.
-    Raises DataError if a batch or a piece of one would be empty, and if the split does not fit the device's memory.
+    device: where batches lie. With the switch `resident` the whole split is there, as bytes, and they are made there:
+    with the same bits as on the CPU, and without a thread, since a kernel is launched and not waited for. Else they are
+    made on the CPU and sent, the next one while this one is computed with; then a batch is overwritten two batches
+    later. Raises DataError if a batch or a piece of one would be empty, and if `resident=on` does not fit.
     """
 
     def __init__(
@@ -91,7 +94,8 @@ class Loader:
             raise DataError(f"{where}: dtype {np.dtype(dtype)}, expected a floating-point one for normalised images")
         if augment is not None:
             augment.check(split.images)
-        self.resident = None if device in (None, "cpu") else Resident(split, device, dtype)
+        self.resident = resident_or_none(split, device, dtype)
+        self.uploads = None if device in (None, "cpu") or self.resident else Uploads(str(device))
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
@@ -110,14 +114,29 @@ class Loader:
         order = self.order(epoch)
         steps = iter(range(start, len(self)))
         if self.resident is None and self.prefetch > 0 and prefetch_switch.value == "on":
-            return _ahead(lambda: self._batch(order, epoch, next(steps)), self.prefetch)
-        return self._one_by_one(order, epoch, steps)
+            batches = _ahead(lambda: self._batch(order, epoch, next(steps)), self.prefetch)
+        else:
+            batches = self._one_by_one(order, epoch, steps)
+        return batches if self.uploads is None else self._sent(batches, self.uploads)
 
     def _one_by_one(self, order: np.ndarray, epoch: int, steps: Iterator[int]) -> Iterator[Batch]:
         for step in steps:
             with span("load", "data"):
                 batch = self._batch(order, epoch, step)
             yield batch
+
+    @staticmethod
+    def _sent(batches: Iterator[Batch], uploads: Uploads) -> Iterator[Batch]:
+        """Each on the device; the next one is on its way before this one is handed out."""
+        whole: deque[Batch] = deque()
+
+        def arrays() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch in batches:
+                whole.append(batch)
+                yield batch.x, batch.y
+
+        for x, y in uploads.ahead(arrays()):
+            yield replace(whole.popleft(), x=x, y=y)
 
     def _batch(self, order: np.ndarray, epoch: int, step: int) -> Batch:
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
