@@ -29,7 +29,8 @@ NARROWER = {  # NUMBA_CPU_NAME -> (bytes of a vector, NUMBA_CPU_FEATURES, what r
     "x86-64": (16, "+sse2", "rest", "float64"),
 }
 TARGETS = [name for name, (bytes_, *_) in NARROWER.items() if bytes_ < simd.WIDTH]
-CHOSEN = [(primitive, variant) for primitive, variant in VARIANTS if variant not in ("winograd4", "parity")]
+LEFT_OUT = "winograd4", "parity", "fp32"  # the last converts, and calls the others
+CHOSEN = [(primitive, variant) for primitive, variant in VARIANTS if variant not in LEFT_OUT]
 PARTS = {part: [v for v in CHOSEN if v[0].startswith("conv2d") == (part == "conv2d")] for part in ("conv2d", "rest")}
 
 
