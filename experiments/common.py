@@ -149,7 +149,9 @@ def positive(word: str) -> float:
 
 def loss_scale(word: str) -> float | str:
     """A positive number, or "dynamic"."""
-    return word if word == "dynamic" else _number(word, float, lambda x: 0 < x < float("inf"), "dynamic or a number")
+    if word == "dynamic":
+        return word
+    return _number(word, float, lambda x: 0 < x < float("inf"), "dynamic or a positive number")
 
 
 def natural_real(word: str) -> float:

@@ -48,7 +48,7 @@ class NonFiniteGradient(ArithmeticError):
 class LossScaler:
     """The factor by which the loss is multiplied, so that small gradients do not round to 0 in float16.
 
-        loss.backward(scaler.scale)               # or (loss * scaler.scale).backward()
+        (loss * scaler.scale).backward()
         averager.finish()
         if scaler.unscale(averager.buckets):
             optimizer.step()
@@ -152,7 +152,7 @@ class Overflow(NamedTuple):
         end = f"; float16 ends at {half.LARGEST:.0f}" if self.dtype == "float16" else ""
         return (
             f"{where}: {self.what} has {' and '.join(bad)} among {self.size:,} numbers, "
-            f"largest finite {self.largest:.2g}{end}"
+            f"largest finite {self.largest:.3g}{end}"
         )
 
 

@@ -79,16 +79,13 @@ def train_step(
     alone = averager.comm.size == 1 and dispatch.recorder is None
     if graph.value == "on" and alone and model.device != "cpu" and optimizer.goes_together() and clip is None:
         return _recorded_step(model, forward_backward, batch, optimizer, lr, averager, label_smoothing, stop, scaler)
-    # Ranks may hold unequal parts of the global batch: the sum over it divided by its size is the mean over it. The
-    # factor is an array, the gradient that backward begins with, so that a recorded step takes each step's scale.
-    seed = np.array(scaler.scale / batch.global_size, np.float32)
     with random.keyed(batch.epoch, batch.index):
         run: Any = forward_backward
         if graph.value == "on" and alone:
-            example = batch.x, batch.y, np.array(1, np.float32)
+            example = batch.x, batch.y, _seed(batch, 1.0)
             make = partial(capture, forward_backward, *(to_device(a, model.device) for a in example))
             run = _kept(model, batch, make, averager, label_smoothing)
-        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y, seed)))
+        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y, _seed(batch, scaler.scale))))
     averager.finish()
     correct = (logits.data.argmax(axis=1) == to_device(batch.y, logits.device)).sum()
     with span("totals", "communication"):
@@ -137,7 +134,7 @@ def _check_loss(loss: float, model: Module, batch: Batch, lr: float, label_smoot
             f"the loss is {loss} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
             "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or "
             "--clip 1, and check the images for NaN; --resume goes on from the last checkpoint"
-            + _first_overflow(model, batch, 1.0, label_smoothing, comm, "without --use precision=fp16")
+            + _named_overflow(model, batch, 1.0, label_smoothing, comm, "without --use precision=fp16")
         )
 
 
@@ -152,8 +149,14 @@ def _explained(
 ) -> NonFiniteGradient:
     """The error with the place of the step, the first layer that overflowed, and what to do."""
     advice = "without --use precision=fp16" if scaler.dynamic else "with a smaller --loss-scale, or a dynamic one"
-    where = _first_overflow(model, batch, scale, label_smoothing, comm, advice)
+    where = _named_overflow(model, batch, scale, label_smoothing, comm, advice)
     return NonFiniteGradient(f"{error} in epoch {batch.epoch + 1}, step {batch.step + 1}{where}")
+
+
+def _seed(batch: Batch, scale: float) -> np.ndarray:
+    """The gradient that backward begins with. Of a sum over a rank's part of the global batch it makes the mean over
+    all of it, however unequal the parts are. An array, so that a recorded step takes the scale of each step."""
+    return np.array(scale / batch.global_size, np.float32)
 
 
 def overflow_of_step(model: Module, batch: Batch, scale: float = 1.0, label_smoothing: float = 0.0) -> Overflow | None:
@@ -163,16 +166,14 @@ def overflow_of_step(model: Module, batch: Batch, scale: float = 1.0, label_smoo
     """
 
     def step(twin: Module) -> None:
-        x, y, seed = (
-            Tensor(a).to(model.device) for a in (batch.x, batch.y, np.array(scale / batch.global_size, np.float32))
-        )
+        x, y, seed = (Tensor(a).to(model.device) for a in (batch.x, batch.y, _seed(batch, scale)))
         with random.keyed(batch.epoch, batch.index):
             F.cross_entropy(twin(at_entrance(x)), y, label_smoothing, reduction="sum").backward(seed)
 
     return first_overflow(model, step)
 
 
-def _first_overflow(model: Module, batch: Batch, scale: float, label_smoothing: float, comm: Comm, advice: str) -> str:
+def _named_overflow(model: Module, batch: Batch, scale: float, label_smoothing: float, comm: Comm, advice: str) -> str:
     """For the end of an error in fp16: what the ranks' microscopes see, and what to do. Collective."""
     if precision.value != "fp16":
         return ""
