@@ -280,12 +280,16 @@ def anything(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
+def nothing(device: str) -> str:
+    return ""
+
+
 @dataclass
 class Variant:
     """One body of a primitive. `device` None is any device; `supports` is called with the primitive's arguments.
 
     `auto` says whether "fastest" may take it: False for a rung to learn from, slower than the one before it; a function
-    of the arguments where it depends on them.
+    of the arguments where it depends on them. `lacks` says in words what it misses on a device, and how to get it.
     """
 
     name: str
@@ -294,10 +298,11 @@ class Variant:
     supports: Callable[..., bool]
     place: str
     auto: bool | Callable[..., bool] = True
+    lacks: Callable[[str], str] = nothing
 
     def runs_on(self, device: str) -> bool:
         """Whether it takes arrays of a device. The emulator runs what is written for CUDA."""
-        return self.device in (None, "cuda" if device == "emulated" else device)
+        return self.device in (None, "cuda" if device == "emulated" else device) and not self.lacks(device)
 
     def pays(self, *args: Any, **kwargs: Any) -> bool:
         """Whether "fastest" may take it for this call."""
@@ -343,9 +348,11 @@ class Primitive:
         supports: Callable[..., bool] = plain_floats,
         auto: bool | Callable[..., bool] = True,
         before: str | None = None,
+        lacks: Callable[[str], str] = nothing,
     ) -> Callable:
         """Register the next rung, or with `before` the one before that rung. `supports(*args, **kwargs)` says whether
-        it can do this call, `auto` (or `auto(*args, **kwargs)`) whether "fastest" should let it."""
+        it can do this call, `auto` (or `auto(*args, **kwargs)`) whether "fastest" should let it, and `lacks(device)` in
+        words what it misses on one of its devices: then it does not run there, and the error says so."""
         if name in self.variants or name in POLICIES:
             raise ChoiceError(f"{self.name} already has a variant {name!r}")
         if name.startswith(UP_TO):
@@ -357,7 +364,7 @@ class Primitive:
         def register(body: Callable) -> Callable:
             names = list(self.variants)
             faster = {n: self.variants.pop(n) for n in (names[names.index(before) :] if before else [])}
-            self.variants |= {name: Variant(name, body, device, supports, _place_of(body), auto), **faster}
+            self.variants |= {name: Variant(name, body, device, supports, _place_of(body), auto, lacks), **faster}
             return body
 
         return register
@@ -395,8 +402,9 @@ class Primitive:
         variant = self.variants[choice]
         if not variant.runs_on(device) or not variant.supports(*args, **kwargs):
             able = ", ".join(v.name for v in self.candidates(*args, **kwargs))
+            missing = f" ({lacking})" if (lacking := variant.lacks(device)) else ""
             raise ChoiceError(
-                f"{self.name}={choice} cannot do this call: {describe(args, kwargs)} on {device}; "
+                f"{self.name}={choice} cannot do this call: {describe(args, kwargs)} on {device}{missing}; "
                 f"variants that can: {able} ({variant.place})"
             )
         return variant

@@ -25,7 +25,12 @@ TOLERANCES = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
 CUDA_DTYPES = (np.float64, np.float16)  # and float32 where a kernel has only that
 OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
 VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cpu"]
-CUDA_VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cuda"]
+CUDA_VARIANTS = [  # in CUDA C++: those in Numba are tests/test_numba_cuda.py's
+    (p.name, v.name)
+    for p in OURS.values()
+    for v in p.variants.values()
+    if v.device == "cuda" and v.body.__module__.startswith("nanocnn.kernels.cuda.")
+]
 
 
 def arrays_in(value):
