@@ -410,7 +410,7 @@ def draw(rows, data, path):
         rates = [count / each for count, each in zip(counts, seconds, strict=True)]
         speeds.plot(counts, rates, marker="o", markersize=4, linewidth=2, color=colours[name], label=name)
     times.set_title("training, s, and accuracy", loc="left", fontsize=11)
-    held.set_title("peak memory, MB, and energy where it can be read", loc="left", fontsize=11)
+    held.set_title("peak memory, MB; energy, J", loc="left", fontsize=11)
     speeds.set_title("prediction, images/s, by images at a time", loc="left", fontsize=11)
     speeds.set_xscale("log", base=2)
     speeds.set_yscale("log")
