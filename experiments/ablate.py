@@ -85,13 +85,16 @@ def left_out(base: Row, fixed: dict[str, str], only: Sequence[str]) -> tuple[lis
     return found, unused
 
 
+NUMERICS = ("precision",)  # what changes the numbers themselves is varied only where it is asked for (--only)
+
+
 def _entries(only: Sequence[str]) -> list[dict[str, Any]]:
     board = dispatch.board()
     names = [entry["name"] for entry in board]
     for name in only:
         if name not in names:
             raise ChoiceError(f"there is no primitive or switch {name!r}; there are: {', '.join(sorted(names))}")
-    return [entry for entry in board if not only or entry["name"] in only]
+    return [entry for entry in board if (entry["name"] in only if only else entry["name"] not in NUMERICS)]
 
 
 def _others(entry: dict[str, Any], base: Row) -> list[str]:

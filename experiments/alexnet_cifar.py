@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   python experiments/alexnet_cifar.py --epochs 3 --width 0.5      alone, a small one
   mpiexec -n 4 python experiments/alexnet_cifar.py                four ranks
   mpiexec -n 4 python experiments/alexnet_cifar.py --resume       ... going on where it stopped
+  python experiments/alexnet_cifar.py --use precision=fp16        half precision, with a loss scale
   python experiments/alexnet_cifar.py --use reference --profile   the textbook's kernels, and where their time goes
 """
 
@@ -60,7 +61,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
     data = nc.data.load(args.data, args.data_dir, val=args.val, seed=args.seed, train_size=args.train_images)
     if comm.rank == 0:
         say(data.notice)
-    ranks = dict(rank=comm.rank, size=comm.size)
+    ranks = dict(rank=comm.rank, size=comm.size, device=args.device)
     augment = common.make_augment(args, data)
     train_batches = Loader(data.train, args.batch_size, augment=augment, shuffle=True, seed=args.seed, **ranks)
     in_order = dict(shuffle=False, **ranks)
@@ -72,6 +73,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
     model = make(args, data, args.width).to(args.device)
     optimizer = common.make_optimizer(args, model)
     learning_rate = common.make_schedule(args, len(train_batches))
+    scaler = common.make_scaler(args)
     averager = parallel.GradientAverager(optimizer.buckets, comm)
     parallel.broadcast_parameters(optimizer.buckets, model.named_buffers(), comm)
     ema = EMA(optimizer.buckets, args.ema) if args.ema else None
@@ -80,6 +82,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
     folder = common.run_folder(args, f"{name.lower()}-{data.name}", comm)
     run = Run(folder, vars(args), active=comm.rank == 0)
     parts = dict(model=model, optimizer=optimizer, ema=ema, stopping=stopping)
+    parts["scaler"] = scaler if scaler.enabled else None
     options = {**vars(args), "data": data.name, "images": len(data.train)}
     keeper = Keeper(folder / "checkpoints", comm, options, args.keep, **parts)
     position = (keeper.load() if args.resume else None) or Position()
@@ -117,6 +120,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
                         label_smoothing=args.label_smoothing,
                         clip=args.clip,
                         stop=stop.requested,
+                        scaler=scaler,
                     )
                     if ema:
                         ema.update()
@@ -151,6 +155,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
                 images_per_second=position.rate,
                 communication=position.communication,
                 lr=learning_rate(position.step - 1),
+                **scaler.figures(),
                 memory=sum(comm.all_gather_object(peak_memory())),
                 seconds=position.seconds,
             )

@@ -22,6 +22,7 @@ from nanocnn.kernels.dispatch import DEVICES, ChoiceError, DeviceError, choices_
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.parallel.launcher import launched
+from nanocnn.precision import LossScaler, NonFiniteGradient, precision
 from nanocnn.profile import Profile, merge_traces
 from nanocnn.progress import say
 from nanocnn.record import RecordError
@@ -88,6 +89,12 @@ def _add_optimisation(group) -> None:
     group.add_argument(
         "--label-smoothing", type=fraction, default=0.0, metavar="S", help="probability spread over the classes"
     )
+    group.add_argument(
+        "--loss-scale",
+        type=loss_scale,
+        metavar="SCALE",
+        help="with --use precision=fp16: dynamic, which is the default there, or the number that it is to stay",
+    )
     group.add_argument("--clip", type=positive, metavar="NORM", help="largest norm of the whole gradient")
     group.add_argument("--ema", type=fraction, metavar="DECAY", help="evaluate an average of the weights, 0.999 say")
     group.add_argument("--patience", type=count, metavar="E", help="stop after E epochs without a better validation")
@@ -140,6 +147,13 @@ def positive(word: str) -> float:
     return _number(word, float, lambda x: 0 < x < float("inf"), "a positive number")
 
 
+def loss_scale(word: str) -> float | str:
+    """A positive number, or "dynamic"."""
+    if word == "dynamic":
+        return word
+    return _number(word, float, lambda x: 0 < x < float("inf"), "dynamic or a positive number")
+
+
 def natural_real(word: str) -> float:
     """A number of at least 0."""
     return _number(word, float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
@@ -184,6 +198,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         nc.use(*policy, **choices)
     except ChoiceError as error:
         parser.error(f"--use: {error}")
+    if args.loss_scale and precision.value != "fp16":
+        parser.error(f"--loss-scale {args.loss_scale}: gradients of float32 need none; add --use precision=fp16")
     try:
         nc.Tensor([0.0]).to(args.device)
     except DeviceError as error:
@@ -201,6 +217,13 @@ def make_optimizer(args: argparse.Namespace, model: nc.nn.Module) -> Optimizer:
     if args.optimizer == "lars":
         return OPTIMIZERS["lars"](groups, args.lr, momentum=args.momentum)
     return OPTIMIZERS[args.optimizer](groups, args.lr)
+
+
+def make_scaler(args: argparse.Namespace) -> LossScaler:
+    """The loss scale of precision=fp16, dynamic or the number of `--loss-scale`; in fp32 one that does nothing."""
+    if args.loss_scale in (None, "dynamic"):
+        return LossScaler(enabled=precision.value == "fp16")
+    return LossScaler(args.loss_scale, dynamic=False)
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
@@ -275,7 +298,8 @@ def _rehearse(args: argparse.Namespace, model: nc.nn.Module, batch: Batch) -> No
     """A step that nobody keeps."""
     optimizer = make_optimizer(args, model)
     averager = GradientAverager(optimizer.buckets, Alone())
-    train_step(model, batch, optimizer, 0.0, averager, label_smoothing=args.label_smoothing, clip=args.clip)
+    how = dict(label_smoothing=args.label_smoothing, clip=args.clip, scaler=make_scaler(args))
+    train_step(model, batch, optimizer, 0.0, averager, **how)
 
 
 class _Impatience:
@@ -328,7 +352,7 @@ def _help(args: argparse.Namespace, model: nc.nn.Module, batch: Batch, choices: 
 # ------------------------------------------------------------------ errors
 
 # Errors whose message says all that there is to say: a traceback would only hide it.
-PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, NonFiniteLoss, RecordError, RunExists)
+PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, NonFiniteGradient, NonFiniteLoss, RecordError, RunExists)
 
 
 def connect() -> Comm:

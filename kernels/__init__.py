@@ -17,7 +17,11 @@ _modules = [
     if not _found.ispkg
 ]
 
-from . import compiled, cuda  # noqa: E402, F401
+from . import compiled, half  # noqa: E402
 
+for _package in ("numba_cuda", "cuda"):  # the rungs of a GPU, after all of the CPU's, the slower ones first
+    importlib.import_module(f"{__name__}.{_package}")
+
+half.offer()  # to the primitives of all families
 compiled.keep(_modules)
 threads.limit(threads.share())

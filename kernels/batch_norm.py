@@ -20,6 +20,7 @@ from numba import njit
 from . import rows
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows, relu_grad
+from .half import in_float32
 from .memory import empty_like
 from .simd import fma, load, select, splat, store
 
@@ -33,6 +34,7 @@ def statistics_dtype(x):
 
 
 @Primitive
+@in_float32(sums=(0, 1))
 def batch_norm_stats(x):
     """(..., C) -> mean (C,), variance (C,): of each channel, the variance biased (divided by the number of rows)."""
     x = as_rows(x)
@@ -115,6 +117,7 @@ def _scale(var, weight, eps, rstd, scale):
 
 
 @Primitive
+@in_float32
 def batch_norm_apply(x, mean, scale, shift, residual=None, relu=False):
     """relu?((x - mean) scale + shift + residual): (..., C) -> (..., C), with (C,) arrays mean, scale, shift."""
     y = ((x - mean) * scale + shift).astype(x.dtype, copy=False)
@@ -179,6 +182,7 @@ def _(x, mean, scale, shift, residual=None, relu=False):
 
 
 @Primitive
+@in_float32(sums=(0, 1))
 def batch_norm_grad_stats(gy, x, mean, scale=None, shift=None):
     """Two sums over the rows, (C,) each: of gy, and of gy (x - mean).
 
@@ -225,6 +229,7 @@ def _(gy, x, mean, scale=None, shift=None):
 
 
 @Primitive
+@in_float32(sums=(1, 2))
 def batch_norm_residual_grad_stats(gy, y, x, mean):
     """gy where y > 0, which is the residual's gradient too, and its two sums: of it, and of it times (x - mean)."""
     gy = relu_grad(gy, y)
@@ -295,6 +300,7 @@ def _shares(gb, products, rstd, share, gw, a, b):
 
 
 @Primitive
+@in_float32
 def batch_norm_grad(gy, x, mean, scale, a, b, shift=None):
     """(gy - a - (x - mean) b) scale, with (C,) arrays mean, scale, a, b: (..., C) -> (..., C).
 

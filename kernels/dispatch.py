@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from .emulated_array import Emulated, emulated_numpy
+
 POLICIES = {
     "fastest": "the last variant of each ladder that supports the arguments: a fixed rule, alike on every rank and run",
     "tuned": "measure the variants once for each shape and keep the answer in a file",
@@ -53,41 +55,10 @@ DEVICES = {
 }
 
 
-class Emulated(np.ndarray):
-    """An array of the device `emulated`, in the host's memory: what NumPy computes with it is of this device too."""
-
-    def get(self) -> np.ndarray:
-        """A copy on the CPU, as CuPy's arrays have it."""
-        return np.array(self)
-
-
-class _EmulatedNumPy:
-    """NumPy, whose new arrays are of the device `emulated`: what `cupy` is to `cuda`."""
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(np, name)
-        if isinstance(found, type) or not callable(found):
-            return found
-
-        def on_the_device(*args: Any, **kwargs: Any) -> Any:
-            result = found(*args, **kwargs)
-            return tuple(map(_emulated, result)) if isinstance(result, tuple) else _emulated(result)
-
-        setattr(self, name, on_the_device)
-        return on_the_device
-
-
-def _emulated(value: Any) -> Any:
-    return value.view(Emulated) if isinstance(value, np.ndarray) else value
-
-
-_emulated_numpy = _EmulatedNumPy()
-
-
 def xp_of(array: Any):
     """The module that made `array`, `numpy` or `cupy`; for the device `emulated`, one that does as NumPy does."""
     if isinstance(array, Emulated):
-        return _emulated_numpy
+        return emulated_numpy
     if isinstance(array, np.ndarray | np.generic):
         return np
     if type(array).__module__.partition(".")[0] == "cupy":
@@ -124,7 +95,7 @@ def to_device(array: Any, device: str):
     if device == "cpu":
         return array
     if device == "emulated":
-        return _emulated(np.array(array, order="C"))
+        return emulated_numpy.array(array, order="C")
     try:
         import cupy
 
@@ -309,12 +280,16 @@ def anything(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
+def nothing(device: str) -> str:
+    return ""
+
+
 @dataclass
 class Variant:
     """One body of a primitive. `device` None is any device; `supports` is called with the primitive's arguments.
 
     `auto` says whether "fastest" may take it: False for a rung to learn from, slower than the one before it; a function
-    of the arguments where it depends on them.
+    of the arguments where it depends on them. `lacks` says in words what it misses on a device, and how to get it.
     """
 
     name: str
@@ -323,10 +298,11 @@ class Variant:
     supports: Callable[..., bool]
     place: str
     auto: bool | Callable[..., bool] = True
+    lacks: Callable[[str], str] = nothing
 
     def runs_on(self, device: str) -> bool:
         """Whether it takes arrays of a device. The emulator runs what is written for CUDA."""
-        return self.device in (None, "cuda" if device == "emulated" else device)
+        return self.device in (None, "cuda" if device == "emulated" else device) and not self.lacks(device)
 
     def pays(self, *args: Any, **kwargs: Any) -> bool:
         """Whether "fastest" may take it for this call."""
@@ -372,9 +348,11 @@ class Primitive:
         supports: Callable[..., bool] = plain_floats,
         auto: bool | Callable[..., bool] = True,
         before: str | None = None,
+        lacks: Callable[[str], str] = nothing,
     ) -> Callable:
         """Register the next rung, or with `before` the one before that rung. `supports(*args, **kwargs)` says whether
-        it can do this call, `auto` (or `auto(*args, **kwargs)`) whether "fastest" should let it."""
+        it can do this call, `auto` (or `auto(*args, **kwargs)`) whether "fastest" should let it, and `lacks(device)` in
+        words what it misses on one of its devices: then it does not run there, and the error says so."""
         if name in self.variants or name in POLICIES:
             raise ChoiceError(f"{self.name} already has a variant {name!r}")
         if name.startswith(UP_TO):
@@ -386,7 +364,7 @@ class Primitive:
         def register(body: Callable) -> Callable:
             names = list(self.variants)
             faster = {n: self.variants.pop(n) for n in (names[names.index(before) :] if before else [])}
-            self.variants |= {name: Variant(name, body, device, supports, _place_of(body), auto), **faster}
+            self.variants |= {name: Variant(name, body, device, supports, _place_of(body), auto, lacks), **faster}
             return body
 
         return register
@@ -424,8 +402,9 @@ class Primitive:
         variant = self.variants[choice]
         if not variant.runs_on(device) or not variant.supports(*args, **kwargs):
             able = ", ".join(v.name for v in self.candidates(*args, **kwargs))
+            missing = f" ({lacking})" if (lacking := variant.lacks(device)) else ""
             raise ChoiceError(
-                f"{self.name}={choice} cannot do this call: {describe(args, kwargs)} on {device}; "
+                f"{self.name}={choice} cannot do this call: {describe(args, kwargs)} on {device}{missing}; "
                 f"variants that can: {able} ({variant.place})"
             )
         return variant

@@ -14,6 +14,7 @@ from numba import njit, prange, vectorize
 
 from . import rows
 from .dispatch import Primitive, device_of, plain_floats, xp_of
+from .half import in_float32
 from .memory import contiguous, empty_like
 from .simd import load, select, store
 from .vecmath import FMA, exp, normal_cdf
@@ -73,6 +74,7 @@ def _relu_grad(gy, y, gx):
 
 
 @Primitive
+@in_float32
 def sigmoid(x):
     """1 / (1 + exp(-x)), written with exp(-|x|), which cannot overflow."""
     xp = xp_of(x)
@@ -100,6 +102,7 @@ def _sigmoid(x, y):
 
 
 @Primitive
+@in_float32
 def sigmoid_grad(gy, y):
     """gy y (1 - y)."""
     return gy * y * (1 - y)
@@ -119,6 +122,7 @@ def _sigmoid_grad(gy, y, gx):
 
 
 @Primitive
+@in_float32
 def silu(x):
     """x sigmoid(x) (Elfwing et al. 2018; "swish")."""
     return x * sigmoid(x)
@@ -138,6 +142,7 @@ def _silu(x, y):
 
 
 @Primitive
+@in_float32
 def silu_grad(gy, x):
     """gy s (1 + x (1 - s)) with s = sigmoid(x)."""
     s = sigmoid(x)
@@ -176,6 +181,7 @@ def _phi(x):
 
 
 @Primitive
+@in_float32
 def gelu(x):
     """x P(X <= x) for a standard normal X: the exact form (Hendrycks & Gimpel 2016), not the tanh one."""
     return x * _phi(x)
@@ -196,6 +202,7 @@ def _gelu(x, y):
 
 
 @Primitive
+@in_float32
 def gelu_grad(gy, x):
     """gy (P(X <= x) + x p(x)), p the normal density."""
     xp = xp_of(x)
@@ -243,6 +250,7 @@ def _add_bias(x, b):
 
 
 @Primitive
+@in_float32
 def bias_grad(gy):
     """(..., C) -> (C,): the sum over all other axes, added up in float64."""
     return as_rows(gy).sum(axis=0, dtype=np.float64).astype(gy.dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
+from .half import in_float32
 from .memory import contiguous, empty
 
 
@@ -95,6 +96,7 @@ def _(x, kernel, stride, padding, dilation):
 
 
 @Primitive
+@in_float32
 def col2im(cols, x_shape, kernel, stride, padding, dilation):
     """(N*OH*OW, KH*KW*C) -> (N, H, W, C): the transpose of im2col, each row added back to its receptive field."""
     xp = xp_of(cols)

@@ -7,6 +7,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
+from .half import in_float32
 from .memory import contiguous, empty_like
 from .rows import add_up
 from .vecmath import SUMS
@@ -15,6 +16,7 @@ ROWS = 32  # rows whose share of the weights' gradients one thread adds up befor
 
 
 @Primitive
+@in_float32(sums=(1, 2))
 def layer_norm(x, weight, bias, eps):
     """(..., C), (C,), (C,) -> y, mean, rstd: y = (x - mean) rstd weight + bias, the last two (rows,) for backward."""
     rows = as_rows(x)
@@ -57,6 +59,7 @@ def _(x, weight, bias, eps):
 
 
 @Primitive
+@in_float32(sums=(1, 2))
 def layer_norm_grad(gy, x, mean, rstd, weight):
     """-> gx (..., C), gw (C,), gb (C,), from mean and rstd (rows,).
 

@@ -8,6 +8,7 @@ from numba import njit, prange
 from .dispatch import Primitive, aside, plain_floats, xp_of
 from .epilogue import finish
 from .gemm import gemm
+from .half import HALF, SINGLE, cast, is_half
 from .memory import clear, contiguous, empty
 from .tile import ROWS
 
@@ -18,7 +19,18 @@ def matmul(a, b, out=None, *, bias=None, relu=False):
 
     Then, where given, plus `bias` (N,) and max(y, 0): the epilogue.
     """
-    return finish(xp_of(a).matmul(a, b, out=out), bias, relu=relu)
+    return finish(_product(a, b, out), bias, relu=relu)
+
+
+def _product(a, b, out):
+    """Halves are added up in float32, as cuBLAS does it. (So does NumPy, but one by one: its BLAS has no halves.)"""
+    if not (is_half(a) and isinstance(a, np.ndarray)):
+        return xp_of(a).matmul(a, b, out=out)
+    c = cast(xp_of(a).matmul(cast(a, SINGLE), cast(b, SINGLE)), HALF)
+    if out is None:
+        return c
+    out[...] = c
+    return out
 
 
 def _two_matrices(a, b, out=None, *, bias=None, relu=False):

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
+from .half import in_float32
 from .im2col import output_shape, taps
 from .memory import contiguous, empty
 from .vecmath import FMA
@@ -180,6 +181,7 @@ def _(x, kernel, stride, padding, relu=False):
 
 
 @Primitive
+@in_float32
 def max_pool2d_grad(gy, position, x_shape, kernel, stride, padding):
     """(N, OH, OW, C), positions -> (N, H, W, C): each gradient goes where its window's largest was."""
     xp = xp_of(gy)
@@ -296,6 +298,7 @@ def _(gy, position, x_shape, kernel, stride, padding):
 
 
 @Primitive
+@in_float32
 def avg_pool2d(x, kernel, stride, padding):
     """(N, H, W, C) -> (N, OH, OW, C): the mean of each window, zeros of the padding counted as in PyTorch."""
     xp = xp_of(x)
@@ -353,6 +356,7 @@ def _(x, kernel, stride, padding):
 
 
 @Primitive
+@in_float32
 def avg_pool2d_grad(gy, x_shape, kernel, stride, padding):
     """(N, OH, OW, C) -> (N, H, W, C): each gradient is shared out evenly over its window."""
     xp = xp_of(gy)

@@ -13,6 +13,7 @@ from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .elementwise import as_rows
+from .half import in_float32
 from .memory import contiguous, empty_like
 from .vecmath import SUMS, exp
 
@@ -23,6 +24,7 @@ def _shifted(x):
 
 
 @Primitive
+@in_float32
 def softmax(x):
     """(..., C) -> (..., C): exp(x) over its sum along the last axis."""
     e = xp_of(x).exp(_shifted(x))
@@ -79,6 +81,7 @@ def _softmax(x, y):
 
 
 @Primitive
+@in_float32
 def softmax_grad(gy, y):
     """y (gy - <gy, y>), row by row."""
     return y * (gy - (gy * y).sum(axis=-1, keepdims=True))
@@ -103,6 +106,7 @@ def _softmax_grad(gy, y, gx):
 
 
 @Primitive
+@in_float32
 def log_softmax(x):
     """(..., C) -> (..., C): x minus the logarithm of the sum of exp(x) along the last axis."""
     if not x.size:
@@ -130,6 +134,7 @@ def _log_softmax(x, y):
 
 
 @Primitive
+@in_float32
 def log_softmax_grad(gy, y):
     """gy - exp(y) sum(gy), row by row."""
     return gy - xp_of(y).exp(y) * gy.sum(axis=-1, keepdims=True)
@@ -157,6 +162,7 @@ def _log_softmax_grad(gy, y, gx):
 
 
 @Primitive
+@in_float32(sums=(0, 1))
 def cross_entropy(logits, labels, smoothing):
     """(N, C), int64 (N,) in [0, C) -> losses (N,); and (2, N) for backward: largest m, log(sum(exp(logits - m))).
 
@@ -209,6 +215,7 @@ def _(logits, labels, smoothing):
 
 
 @Primitive
+@in_float32
 def cross_entropy_grad(gy, logits, labels, lse, smoothing):
     """gy (N,) -> (N, C): gy (softmax(logits) - target), row by row."""
     xp = xp_of(logits)
@@ -242,6 +249,27 @@ def _cross_entropy_grad(gy, logits, labels, lse, smoothing, g):
 @cross_entropy_grad.work
 def _(gy, logits, labels, lse, smoothing):
     return 10 * logits.size, 2 * logits.nbytes
+
+
+@Primitive
+def cross_entropy_and_grad(logits, labels, scale, smoothing):
+    """(N, C), int64 (N,) in [0, C), scale (1,) -> losses (N,); the gradient (N, C) of scale times their sum; and int32
+    (1,), how many rows are largest at their label.
+
+    All that a step asks of the logits, and nothing that the host must know: `scale`, the loss scale over the batch size
+    say, is an array. Losses are of its dtype, float32 for float16 logits, in which everything is computed; the gradient
+    is of theirs. Of equal numbers the first is the largest; a row whose loss is NaN is not right.
+    """
+    xp, wide = xp_of(logits), logits.astype(scale.dtype, copy=False)
+    loss, lse = cross_entropy(wide, labels, smoothing)
+    gx = cross_entropy_grad(xp.broadcast_to(scale, labels.shape), wide, labels, lse, smoothing)
+    right = (logits.argmax(axis=1) == labels) & (loss == loss)
+    return loss, gx.astype(logits.dtype, copy=False), right.sum(dtype=xp.int32, keepdims=True)
+
+
+@cross_entropy_and_grad.work
+def _(logits, labels, scale, smoothing):
+    return 20 * logits.size, 2 * logits.nbytes
 
 
 softmax.work(lambda x: (10 * x.size, 2 * x.nbytes))

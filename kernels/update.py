@@ -247,6 +247,40 @@ def _(data, factor):
     return data.size, 2 * data.nbytes
 
 
+@Primitive(inplace=True)
+def unscale_(data, factor):
+    """data *= factor on an (n,) array; returns whether all of it is finite, a bool.
+
+    Gradients of a loss that was multiplied by 1 / factor become those of the loss; an overflow is seen on the way.
+    """
+    data *= factor
+    return bool(xp_of(data).isfinite(data).all())
+
+
+@unscale_.variant("numba", supports=flat)
+def unscale_numba(data, factor):
+    """one pass that scales and tests, parallel over blocks"""
+    return _unscale(data, data.dtype.type(factor), np.finfo(data.dtype).max)
+
+
+@njit(parallel=True, cache=True)
+def _unscale(data, factor, largest):
+    finite = np.ones(-(-data.size // BLOCK), np.bool_)
+    for block in prange(finite.size):
+        w = data[block * BLOCK : (block + 1) * BLOCK]
+        good = 0
+        for i in range(w.size):
+            w[i] *= factor
+            good += abs(w[i]) <= largest  # not so of NaN
+        finite[block] = good == w.size
+    return finite.all()
+
+
+@unscale_.work
+def _(data, factor):
+    return 2 * data.size, 2 * data.nbytes
+
+
 @Primitive
 def sum_of_squares(data):
     """(n,) -> the sum of squares, a float: accumulated in float64, block by block in a fixed order.

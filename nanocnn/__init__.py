@@ -3,7 +3,7 @@
 from . import kernels  # first: it sets what NumPy, BLAS and Numba read when they are imported
 
 # isort: split
-from . import checkpoint, data, functional, models, nn, optim, parallel, schedules, testing, train
+from . import checkpoint, data, functional, models, nn, optim, parallel, precision, schedules, testing, train
 from .capture import capture
 from .kernels.dispatch import board, use, using
 from .profile import profile
@@ -26,6 +26,7 @@ __all__ = [
     "no_grad",
     "optim",
     "parallel",
+    "precision",
     "profile",
     "schedules",
     "testing",

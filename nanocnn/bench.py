@@ -205,6 +205,8 @@ def in_float64(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A call with its floats as float64."""
 
     def wide(a: Any) -> Any:
+        if isinstance(a, list):
+            return [*map(wide, a)]
         return a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
 
     return tuple(map(wide, args)), {name: wide(a) for name, a in kwargs.items()}

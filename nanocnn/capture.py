@@ -45,9 +45,10 @@ from numba.core.registry import CPUDispatcher
 
 from . import random
 from .arena import Life, arrange
+from .capture_on_device import CapturedOnDevice
 from .kernels import dispatch, memory
 from .kernels.dispatch import describe, device_of
-from .tape import Call, CaptureError, Output, Place, Tape, arrays_in, each, key_of, those_in
+from .tape import Call, CaptureError, Output, Place, Tape, arrays_in, as_array, checked, each, key_of, those_in
 from .tensor import Tensor
 from .trial import Trial
 
@@ -71,7 +72,7 @@ class Captured:
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function would return for these inputs. Raises CaptureError on another shape or dtype."""
-        arrays = [_array(x) for x in inputs]
+        arrays = [as_array(x) for x in inputs]
         if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in self.inputs]:
             raise CaptureError(
                 f"captured for {describe(tuple(self.inputs), {})}, called with {describe(tuple(arrays), {})}: "
@@ -92,20 +93,21 @@ class Captured:
 _one_at_a_time = threading.Lock()
 
 
-def capture(function: Callable[..., Any], *inputs: Any) -> Captured:
-    """Record what `function(*inputs)` does, for tensors or arrays on the CPU.
+def capture(function: Callable[..., Any], *inputs: Any) -> Captured | CapturedOnDevice:
+    """Record what `function(*inputs)` does, for tensors or arrays; for those of a GPU as a CUDA graph.
 
     The function takes one tensor for each input and returns a tensor, or a tuple of them. It is run four times: to
     compile, to record, and twice to compare; what primitives change in place (running statistics, weights) is put back
     afterwards, and gradients are left as those of the example. Raises CaptureError if it does anything besides calling
     kernels that depends on the values of its inputs, such as a random draw of its own; dropout draws new masks.
     """
-    arrays = [_array(x) for x in inputs]
-    if any(device_of(x) != "cpu" for x in arrays):
-        raise CaptureError("capture records the kernels of the CPU, and was given arrays of another device")
+    arrays = [as_array(x) for x in inputs]
+    dispatch.demand_one_device("capture", arrays)
     with _one_at_a_time:
         if dispatch.recorder is not None:
             raise CaptureError("a profile records, and would measure the recording: capture before it begins")
+        if arrays and device_of(arrays[0]) != "cpu":
+            return CapturedOnDevice(function, arrays)
         return _captured(function, [np.array(x, order="C") for x in arrays])
 
 
@@ -117,7 +119,7 @@ def _captured(function: Callable[..., Any], inputs: list[np.ndarray]) -> Capture
                 tape = Tape(lent)
                 tapes.append(tape)
                 with tape.recording():
-                    output = tape.place(_checked(function(*map(Tensor, inputs))))
+                    output = tape.place(checked(function(*map(Tensor, inputs))))
             tape.put_back()
         first, tape = tapes
         _check_origin(output, tape, inputs)
@@ -126,7 +128,7 @@ def _captured(function: Callable[..., Any], inputs: list[np.ndarray]) -> Capture
         standing = [x for key, x in tape.found().items() if key in before and key not in mine]
         state = [*(x for key, (x, _) in first.changed.items() if key in tape.changed), *tape.gradients]
         trial = Trial(inputs, standing, state, first.put_back)
-        expected = trial.results(lambda *x: _checked(function(*x)))
+        expected = trial.results(lambda *x: checked(function(*x)))
         memory.trim()  # the block is to take the room of what was lent, not to lie beside it
         captured = _in_one_block(tape.calls, inputs, output, lent.sizes)
         trial.compare(expected, trial.results(captured))
@@ -170,16 +172,3 @@ def _in_one_block(calls: list[Call], inputs: list[np.ndarray], output: Any, size
         kwargs = {name: each(value, array) for name, value in c.kwargs.items()}
         again.append(c._replace(args=each(c.args, array), kwargs=kwargs, result=each(c.result, array), reads=()))
     return Captured(again, inputs, each(output, array), block)
-
-
-def _array(x: Any) -> Any:
-    """The array of a tensor; an array of what is neither."""
-    x = x.data if isinstance(x, Tensor) else x
-    return x if hasattr(x, "dtype") else np.asarray(x)
-
-
-def _checked(y: Any) -> Any:
-    """The result of a function that is to be captured: a tensor, or a tuple of them."""
-    if isinstance(y, Tensor) or (isinstance(y, tuple) and all(isinstance(item, Tensor) for item in y)):
-        return y
-    raise CaptureError(f"a captured function returns a tensor or a tuple of tensors, not {type(y).__name__}")

@@ -144,13 +144,17 @@ def _position(s: Shape, r: _Numbers) -> np.ndarray:
     return dispatch.primitives["max_pool2d"].variants["reference"].body(r.normal(*s.image), *window)[1]
 
 
+def _buckets(s: Shape, r: _Numbers) -> list[np.ndarray]:
+    return [r.positive(s.batch * s.flat // 4) for _ in range(4)]
+
+
 # Kernels use names alike, so that a new one needs a line here only for a new name. "matmul.a" is the name in one
 # primitive, and comes before the general one. Arguments with a default are left at it.
 IMAGES = "x y gy"
 CHANNELS = "a b bias gb mean products running_mean scale shift weight"
 FLAT = "average data exp_avg grad momentum_buffer"
 CONSTANTS = dict(eps=1e-5, lr=0.01, momentum=0.9, weight_decay=5e-4, step=10, decay=0.99, factor=0.5, smoothing=0.1)
-CONSTANTS |= dict(p=0.5, seed=7, epoch=0, stream=0)
+CONSTANTS |= dict(p=0.5, seed=7, epoch=0, stream=0, pad=4, flip=True, cutout=0)
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys(IMAGES.split(), lambda s, r: r.normal(*s.image)),
     **dict.fromkeys(CHANNELS.split(), lambda s, r: r.normal(s.channels)),
@@ -185,6 +189,7 @@ MAKERS: dict[str, Maker] = {
     "labels": lambda s, r: r.integers(s.out_channels, s.batch),
     "lse": lambda s, r: r.positive(2, s.batch),
     "cross_entropy_grad.gy": lambda s, r: r.normal(s.batch),
+    "cross_entropy_and_grad.scale": lambda s, r: r.positive(1),
     # dropout
     "samples": lambda s, r: np.arange(s.batch),
     "place": lambda s, r: np.array([7, 0, 0]),
@@ -192,9 +197,18 @@ MAKERS: dict[str, Maker] = {
     "dropout.x": lambda s, r: r.normal(s.batch, s.flat),
     "dropout_grad.gy": lambda s, r: r.normal(s.batch, s.flat),
     "mask": lambda s, r: r.integers(2, s.batch, s.flat).astype(np.uint8),
+    # images as bytes
+    "images": lambda s, r: r.integers(256, *s.image).astype(np.uint8),
     # updates
     "exp_avg_sq": lambda s, r: r.positive(s.batch * s.flat),
     "total": lambda s, r: r.positive(s.batch * s.flat),
+    # updates of all buckets at once
+    **dict.fromkeys(["grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs"], _buckets),
+    **dict.fromkeys(("multi_sgd_update.data", "multi_adam_update.data"), _buckets),
+    "control": lambda s, r: np.array([0.01, 9, 1024, 0, 0]),
+    "multi_sgd_update.hyper": lambda s, r: np.array([[1, 0.9, 0, 5e-4, 0]] * 4),
+    "multi_adam_update.hyper": lambda s, r: np.array([[1, 0.9, 0.999, 1e-5, 5e-4, 0]] * 4),
+    "found": lambda s, r: np.zeros(1, np.int32),
 }
 
 

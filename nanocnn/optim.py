@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from .buckets import DEFAULT_BYTES, Bucket, make_buckets
-from .kernels.dispatch import aside, span, xp_of
+from .kernels.dispatch import Primitive, Switch, aside, device_of, span, xp_of
+from .kernels.multi_tensor import multi_adam_update, multi_sgd_update
 from .kernels.update import adagrad_update, adam_update, lars_update, scale_, sgd_update, sum_of_squares
 from .state import copy_by_name
 from .tensor import Tensor
+
+multi_tensor = Switch(
+    "multi_tensor",
+    "how SGD, Adam and AdamW update their buckets on a GPU",
+    on="all of them in one launch",
+    off="a launch for each",
+)
 
 
 @dataclass
@@ -39,7 +47,15 @@ class Optimizer:
     behaves as four do.
     """
 
+    together: Primitive | None = None  # what updates all buckets in one launch, on devices that have such a kernel,
+    states: tuple[str, ...] = ()  # and the state arrays that it takes
+
+    def __init_subclass__(cls) -> None:
+        if "update" in vars(cls) and "together" not in vars(cls):
+            cls.together = None  # it is for another rule
+
     def __init__(self, params: Iterable[Any], bucket_bytes: int = DEFAULT_BYTES, **defaults: Any):
+        self._numbers: tuple[list, Any, Any] | None = None  # what `together` reads on the device
         self.lr = defaults["lr"]
         self.steps = 0
         self.parts: list[Part] = []
@@ -79,6 +95,32 @@ class Optimizer:
         """Update `bucket.data` and `state` in place from `bucket.grad`; `self.steps` counts from 1."""
         raise TypeError(f"{type(self).__name__} defines no update()")
 
+    def columns(self, rate: float, hyper: Mapping[str, Any]) -> tuple[float, ...]:
+        """For `together`, a bucket's row of `hyper`; `rate` times the learning rate of a step is the bucket's."""
+        raise TypeError(f"{type(self).__name__} defines no columns()")
+
+    def goes_together(self) -> bool:
+        """Whether one call updates all buckets, where they lie and as the switches are."""
+        device = device_of(self.buckets[0].data)
+        return self.together is not None and len(self.together.rungs(device)) > 1 and multi_tensor.value == "on"
+
+    def control(self) -> Any:
+        """The array on the device from which `apply` reads learning rate, step and loss scale; see multi_tensor.py."""
+        rows = [self.columns(p.hyper["lr"] / self.lr if self.lr else 1.0, p.hyper) for p in self.parts]
+        if self._numbers is None or self._numbers[0] != rows:
+            xp = xp_of(self.buckets[0].data)
+            self._numbers = rows, xp.array(rows, dtype=float), xp.zeros(5)
+        return self._numbers[2]
+
+    def apply(self, found: Any = None) -> None:
+        """Update all buckets by what stands in `control()`, unless `found`, (1,) on the device, is not 0."""
+        assert self.together is not None
+        assert self._numbers is not None, "control() comes first"
+        _, hyper, control = self._numbers
+        states = [[p.state.get(kind) for p in self.parts] for kind in self.states]
+        data, grads = [b.data for b in self.buckets], [b.grad for b in self.buckets]
+        self.together(control, hyper, data, grads, *states, found=found)
+
     # ---------------------------------------------------------------- what a script calls
 
     def step(self, lr: float | None = None) -> None:
@@ -93,6 +135,11 @@ class Optimizer:
                 _check_home(part.bucket)
                 part.bucket.fill_missing()
             self.steps += 1
+            if self.goes_together():
+                control = self.control()
+                control[:3] = xp_of(control).array([self.lr if lr is None else float(lr), self.steps - 1, 1.0])
+                self.apply()
+                return
             for part in self.parts:
                 own = part.hyper["lr"]
                 rate = own if lr is None else lr if own == self.lr else lr * own / self.lr
@@ -127,6 +174,8 @@ class Optimizer:
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum, PyTorch's rule: the learning rate multiplies the buffer."""
 
+    together, states = multi_sgd_update, ("momentum_buffer",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -154,11 +203,15 @@ class SGD(Optimizer):
         buffer = state.get("momentum_buffer")
         sgd_update(bucket.data, bucket.grad, buffer, lr, momentum, 0.0 if first else dampening, weight_decay, nesterov)
 
+    def columns(self, rate, hyper):
+        return rate, hyper["momentum"], hyper["dampening"], hyper["weight_decay"], float(hyper["nesterov"])
+
 
 class Adam(Optimizer):
     """Adam; its `weight_decay` is an L2 term of the loss, added to the gradient."""
 
     decoupled = False
+    together, states = multi_adam_update, ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -178,6 +231,9 @@ class Adam(Optimizer):
     def update(self, bucket, state, lr, betas, eps, weight_decay):
         moments = state["exp_avg"], state["exp_avg_sq"]
         adam_update(bucket.data, bucket.grad, *moments, self.steps, lr, *betas, eps, weight_decay, self.decoupled)
+
+    def columns(self, rate, hyper):
+        return rate, *hyper["betas"], hyper["eps"], hyper["weight_decay"], float(self.decoupled)
 
 
 class AdamW(Adam):

@@ -22,6 +22,8 @@ EPOCH_FORMATS = {
     "images_per_second": "{:,.0f} images/s",
     "communication": "comm {:.1%}",
     "lr": "lr {:<8.3g}",
+    "loss_scale": "scale {:g}",
+    "skipped_steps": "skipped {}",
 }
 STEP_FORMATS = {"loss": "loss {:.4f}", "accuracy": "train {:5.1%}", "rate": "{:,.0f} images/s"}
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernels.dispatch import aside
+from .kernels.dispatch import aside, to_device
 
 # Augmentation draws from the same function with the same key, from stream 0 on; dropout must not repeat its numbers.
 KEYED_STREAMS, COUNTED_STREAMS = 1 << 24, 1 << 25
@@ -33,6 +33,7 @@ _seed = 0
 _generator = np.random.default_rng(_seed)
 _drawn = 0  # masks drawn outside keyed(), each of which is a new epoch of its own
 _batch: tuple[int, np.ndarray] | None = None  # (epoch, samples) inside keyed()
+_there: KeysOnDevice | None = None  # inside KeysOnDevice.in_use()
 _stream = 0  # dropout calls since keyed() was entered
 
 
@@ -81,6 +82,9 @@ def next_key(rows: int) -> Key:
 
 def _next_key(rows: int) -> Key:
     global _drawn, _stream
+    if _there is not None:
+        _stream += 1
+        return _there.key(rows, _stream - 1)
     if _batch is None:
         _drawn += 1
         return Key(np.arange(rows), np.array([_seed, _drawn - 1, COUNTED_STREAMS]))
@@ -92,6 +96,54 @@ def _next_key(rows: int) -> Key:
         )
     _stream += 1
     return Key(samples.copy(), np.array([_seed, epoch, KEYED_STREAMS + _stream - 1]))
+
+
+class KeysOnDevice:
+    """Keys that lie on a device and stay there: a recorded step (kernels/cuda/graph.py) draws its masks with them.
+
+    keys = KeysOnDevice("cuda", rows=128)
+    keys.draw()                         # before each step, inside or outside keyed()
+    with keys.in_use(): ...
+    """
+
+    MASKS = 64  # in one forward pass
+
+    def __init__(self, device: str, rows: int):
+        self.device = device
+        self.samples = to_device(np.zeros(rows, np.int64), device)
+        self.places = to_device(np.zeros((self.MASKS, 3), np.int64), device)
+
+    def draw(self) -> None:
+        """Send the device what the next masks are keyed by: inside keyed() as ever, else as a new epoch."""
+        global _drawn
+        if _batch is None:
+            _drawn += 1
+        epoch, samples = _batch or (_drawn - 1, np.arange(len(self.samples)))
+        places = np.empty((self.MASKS, 3), np.int64)
+        places[:, :2] = _seed, epoch
+        places[:, 2] = (COUNTED_STREAMS if _batch is None else KEYED_STREAMS) + np.arange(self.MASKS)
+        self.places[...] = to_device(places, self.device)
+        self.samples[...] = to_device(samples, self.device)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, masks are drawn with these; they are numbered from 0."""
+        global _there, _stream
+        before = _there, _stream
+        _there, _stream = self, 0
+        try:
+            yield
+        finally:
+            _there, _stream = before
+
+    def key(self, rows: int, stream: int) -> Key:
+        """That of the mask of this number."""
+        if rows != len(self.samples) or stream >= self.MASKS:
+            raise ValueError(
+                f"dropout of {rows} rows, mask {stream + 1} of a recorded step: expected {len(self.samples)} rows, one "
+                f"for each row of the first input, and {self.MASKS} masks at most"
+            )
+        return Key(self.samples, self.places[stream])
 
 
 @contextlib.contextmanager

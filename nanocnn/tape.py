@@ -251,3 +251,16 @@ def _as_arrays(x: Any) -> Any:
         items = [_as_arrays(item) for item in x]
         return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
     return x
+
+
+def as_array(x: Any) -> Any:
+    """The array of a tensor; an array of what is neither."""
+    x = x.data if isinstance(x, Tensor) else x
+    return x if hasattr(x, "dtype") else np.asarray(x)
+
+
+def checked(y: Any) -> Any:
+    """The result of a function that is to be captured: a tensor, or a tuple of them."""
+    if isinstance(y, Tensor) or (isinstance(y, tuple) and all(isinstance(item, Tensor) for item in y)):
+        return y
+    raise CaptureError(f"a captured function returns a tensor or a tuple of tensors, not {type(y).__name__}")

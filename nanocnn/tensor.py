@@ -311,7 +311,7 @@ def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
     if like is not None and isinstance(x, int | float | np.generic):
         number = x.item() if isinstance(x, np.generic) else x
         fits = like.dtype.kind == "f" or isinstance(number, int)
-        return Tensor(xp_of(like.data).asarray(number, dtype=like.dtype if fits else np.float32))
+        return Tensor(xp_of(like.data).full((), number, like.dtype if fits else np.float32))
     return Tensor(x)
 
 
@@ -403,4 +403,5 @@ class Arrival:
 
 
 def _sum(x: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
-    return x.sum(axis=axis, keepdims=keepdims)
+    wide = np.float32 if x.dtype == np.float16 else None  # a long sum in float16 stops growing at 2048 ones
+    return x.sum(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype, copy=False)

@@ -61,7 +61,7 @@ def count(primitive: str | Primitive, *args: Any) -> list[Count]:
 def cuda_variants(primitive: str | Primitive) -> tuple[Primitive, list[dispatch.Variant]]:
     """A primitive, and its variants for GPUs. Raises BenchError if there is no such primitive, or no such variant."""
     p = primitive_of(primitive)
-    variants = [v for v in p.variants.values() if v.device == "cuda"]
+    variants = [v for v in p.rungs("emulated").values() if v.device == "cuda"]
     if not variants:
         having = [q.name for q in dispatch.primitives.values() if any(v.device == "cuda" for v in q.variants.values())]
         raise BenchError(f"{p.name} has no CUDA kernel; there are kernels of: {', '.join(sorted(having))}")
@@ -80,6 +80,8 @@ def _count(p: Primitive, variant: dispatch.Variant, args: tuple, want: Sequence[
         found.note = str(error)
         return found
     found.error = error_of(got, want)
+    if not found.report.blocks:
+        found.note = f"no kernel in CUDA C++, so nothing counts what it does; error {found.error:.1e}"
     return found
 
 

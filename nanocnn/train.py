@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,22 +13,28 @@ import numpy as np
 
 from . import functional as F
 from . import random
-from .capture import Captured, CaptureError, capture
+from .capture import CaptureError, capture
 from .data import Batch
 from .kernels import dispatch
 from .kernels.dispatch import Switch, span, to_device
+from .kernels.emulated_array import HostError
 from .metrics import confusion_matrix
 from .nn import Module
 from .optim import Optimizer, clip_grad_norm_
 from .parallel import Comm, GradientAverager
+from .precision import LossScaler, NonFiniteGradient, Overflow, at_entrance, first_overflow, precision
+from .recorded_step import RecordedStep
 from .tensor import Tensor, no_grad
 
 graph = Switch(
     "graph",
     "how a training step of a process alone reaches its kernels",
     off="through Python, op by op",
-    on="the kernel calls of forward and backward are recorded once, and made again (capture.py)",
+    on="recorded once and made again: on the CPU forward and backward (capture.py), on a GPU the whole step",
 )
+
+
+UNSCALED = LossScaler(enabled=False)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -53,64 +60,152 @@ def train_step(
     label_smoothing: float = 0.0,
     clip: float | None = None,
     stop: bool = False,
+    scaler: LossScaler = UNSCALED,
 ) -> StepResult:
-    """Forward, backward, average, update.
+    """Forward, backward, average, update; the update is left out if `scaler` finds an overflow.
 
-    Raises NonFiniteLoss, on all ranks alike and before the update, if the global loss is NaN or infinite.
+    Raises, on all ranks alike and before the update, NonFiniteLoss if the global loss is NaN or infinite, which no loss
+    scale would change, and NonFiniteGradient if a gradient is at the smallest scale. With precision=fp16 both name the
+    first layer that overflowed.
     """
 
-    def forward_backward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_backward(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         averager.zero()
-        logits = model(x)
-        # Ranks may hold unequal parts of the global batch: the sum over it divided by its size is the mean over it.
+        logits = model(at_entrance(x))
         loss = F.cross_entropy(logits, y, label_smoothing, reduction="sum")
-        (loss * (1 / batch.global_size)).backward()  # buckets leave as they fill
+        loss.backward(seed)  # buckets leave as they fill
         return loss, logits
 
+    alone = averager.comm.size == 1 and dispatch.recorder is None
+    if graph.value == "on" and alone and model.device != "cpu" and optimizer.goes_together() and clip is None:
+        return _recorded_step(model, forward_backward, batch, optimizer, lr, averager, label_smoothing, stop, scaler)
     with random.keyed(batch.epoch, batch.index):
         run: Any = forward_backward
-        if graph.value == "on" and averager.comm.size == 1 and dispatch.recorder is None:
-            run = _recorded(model, forward_backward, batch, label_smoothing, averager)
-        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y)))
+        if graph.value == "on" and alone:
+            example = batch.x, batch.y, _seed(batch, 1.0)
+            make = partial(capture, forward_backward, *(to_device(a, model.device) for a in example))
+            run = _kept(model, batch, make, averager, label_smoothing)
+        loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y, _seed(batch, scaler.scale))))
     averager.finish()
     correct = (logits.data.argmax(axis=1) == to_device(batch.y, logits.device)).sum()
     with span("totals", "communication"):
-        totals = averager.comm.all_reduce(np.array([loss.item(), correct, stop], np.float64))
+        totals = averager.comm.all_reduce(np.array([loss.item(), int(correct), stop], np.float64))
     loss_sum, correct, stopping = totals.tolist()
-    if not math.isfinite(loss_sum):
+    result = StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
+    _check_loss(loss_sum, model, batch, lr, label_smoothing, averager.comm)
+    try:
+        good = scaler.unscale(averager.buckets)
+    except NonFiniteGradient as error:
+        raise _explained(error, model, batch, scaler, scaler.scale, label_smoothing, averager.comm) from None
+    if good:
+        if clip is not None:
+            clip_grad_norm_(averager.buckets, clip)
+        optimizer.step(lr)
+    return result
+
+
+def _recorded_step(
+    model: Module,
+    forward_backward: Callable[..., Any],
+    batch: Batch,
+    optimizer: Optimizer,
+    lr: float,
+    averager: GradientAverager,
+    label_smoothing: float,
+    stop: bool,
+    scaler: LossScaler,
+) -> StepResult:
+    """The same on a device, in one piece (recorded_step.py)."""
+    scale, make = scaler.scale, partial(RecordedStep, forward_backward, optimizer, scaler, model.device, batch)
+    with random.keyed(batch.epoch, batch.index):
+        step = _kept(model, batch, make, averager, label_smoothing, optimizer, scaler, batch.global_size)
+        told = step(batch, lr)
+    _check_loss(told.loss, model, batch, lr, label_smoothing, averager.comm)
+    if told.overflowed and (not scaler.enabled or scale <= scaler.floor):
+        error = scaler.refusal(scale)
+        raise _explained(error, model, batch, scaler, scale, label_smoothing, averager.comm)
+    return StepResult(told.loss, told.correct, batch.global_size, stop)
+
+
+def _check_loss(loss: float, model: Module, batch: Batch, lr: float, label_smoothing: float, comm: Comm) -> None:
+    """Raise NonFiniteLoss if it is NaN or infinite."""
+    if not math.isfinite(loss):
         raise NonFiniteLoss(
-            f"the loss is {loss_sum} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
+            f"the loss is {loss} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
             "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or "
             "--clip 1, and check the images for NaN; --resume goes on from the last checkpoint"
+            + _named_overflow(model, batch, 1.0, label_smoothing, comm, "without --use precision=fp16")
         )
-    if clip is not None:
-        clip_grad_norm_(averager.buckets, clip)
-    optimizer.step(lr)
-    return StepResult(loss_sum, int(correct), batch.global_size, stopping > 0)
 
 
-_recordings: WeakKeyDictionary[Module, tuple[list, Captured]] = WeakKeyDictionary()  # with what they were made for
+def _explained(
+    error: NonFiniteGradient,
+    model: Module,
+    batch: Batch,
+    scaler: LossScaler,
+    scale: float,
+    label_smoothing: float,
+    comm: Comm,
+) -> NonFiniteGradient:
+    """The error with the place of the step, the first layer that overflowed, and what to do."""
+    advice = "without --use precision=fp16" if scaler.dynamic else "with a smaller --loss-scale, or a dynamic one"
+    where = _named_overflow(model, batch, scale, label_smoothing, comm, advice)
+    return NonFiniteGradient(f"{error} in epoch {batch.epoch + 1}, step {batch.step + 1}{where}")
 
 
-def _recorded(
-    model: Module, function: Callable[..., Any], batch: Batch, label_smoothing: float, averager: GradientAverager
-) -> Captured:
-    """The function, captured: once for each model, and anew if anything has changed that is not in the arrays."""
-    key: list[Any] = [averager, batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype, batch.global_size]
-    key += [label_smoothing, dispatch.choices_in_force()]
+def _seed(batch: Batch, scale: float) -> np.ndarray:
+    """The gradient that backward begins with. Of a sum over a rank's part of the global batch it makes the mean over
+    all of it, however unequal the parts are. An array, so that a recorded step takes the scale of each step."""
+    return np.array(scale / batch.global_size, np.float32)
+
+
+def overflow_of_step(model: Module, batch: Batch, scale: float = 1.0, label_smoothing: float = 0.0) -> Overflow | None:
+    """The first array that is not finite in a training step with these images and this loss scale; None if all are.
+
+    The step is taken with a copy of the model, on this rank alone: see precision.first_overflow.
+    """
+
+    def step(twin: Module) -> None:
+        x, y, seed = (Tensor(a).to(model.device) for a in (batch.x, batch.y, _seed(batch, scale)))
+        with random.keyed(batch.epoch, batch.index):
+            F.cross_entropy(twin(at_entrance(x)), y, label_smoothing, reduction="sum").backward(seed)
+
+    return first_overflow(model, step)
+
+
+def _named_overflow(model: Module, batch: Batch, scale: float, label_smoothing: float, comm: Comm, advice: str) -> str:
+    """For the end of an error in fp16: what the ranks' microscopes see, and what to do. Collective."""
+    if precision.value != "fp16":
+        return ""
+    found = overflow_of_step(model, batch, scale, label_smoothing)
+    texts = [(rank, text) for rank, text in enumerate(comm.all_gather_object(found and str(found))) if text]
+    if not texts:
+        return ". A second look at this step finds no layer with an infinity or NaN"
+    rank, text = texts[0]
+    where = f" on rank {rank}" if comm.size > 1 else ""
+    return f". The first to overflow{where} is {text}. In half precision such a step cannot be taken: train {advice}"
+
+
+_recordings: WeakKeyDictionary[Module, tuple[list, Any]] = WeakKeyDictionary()  # with what they were made for
+
+
+def _kept(model: Module, batch: Batch, make: Callable[[], Any], *made_with: Any) -> Any:
+    """What `make` records: once for each model, and anew if anything has changed that is not in the arrays."""
+    key: list[Any] = [batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype]
+    key += [*(x if isinstance(x, int | float) else _Same(x) for x in made_with), dispatch.choices_in_force()]
     for _, module in model.named_modules():
         key += [module.training, *((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))]
     key += [_Same(x) for p in model.parameters() for x in (p, p.data, p.grad_buffer, p.requires_grad)]
-    made_for, captured = _recordings.get(model, (None, None))
-    if captured is None or made_for != key:
+    made_for, recording = _recordings.get(model, (None, None))
+    if recording is None or made_for != key:
         _recordings.pop(model, None)  # its memory is for the next one
         try:
-            captured = capture(function, batch.x, batch.y)
-        except CaptureError as error:
+            recording = make()
+        except (CaptureError, HostError) as error:
             error.add_note("(the switch graph=off trains without capturing)")
             raise
-        _recordings[model] = key, captured
-    return captured
+        _recordings[model] = key, recording
+    return recording
 
 
 class _Same:
@@ -156,10 +251,10 @@ def evaluate(
             if stop():
                 break
             start = time.perf_counter()
-            logits = model(Tensor(batch.x).to(model.device))
+            logits = model(at_entrance(Tensor(batch.x).to(model.device)))
             seconds += time.perf_counter() - start
             loss += F.cross_entropy(logits, to_device(batch.y, logits.device), reduction="sum").item()
-            confusion += confusion_matrix(batch.y, logits.numpy().argmax(axis=1), num_classes)
+            confusion += confusion_matrix(to_device(batch.y, "cpu"), logits.numpy().argmax(axis=1), num_classes)
     model.train(training)
     totals: Any = comm.all_reduce(np.append(confusion.ravel(), [loss, stop()]))
     confusion, (loss, stopped) = totals[:-2].reshape(confusion.shape).astype(np.int64), totals[-2:].tolist()

@@ -90,7 +90,7 @@ def col2im(rng, dtype):
 
 
 def matmul(rng, dtype):
-    shapes = [(1, 1, 1), (5, 3, 4), (17, 300, 9), (0, 4, 3), (4, 0, 3), (4, 3, 0)]
+    shapes = [(1, 1, 1), (5, 3, 4), (17, 300, 9), (18, 17, 17), (0, 4, 3), (4, 0, 3), (4, 3, 0)]
     calls = [
         ((rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)), {})
         for m, k, n in shapes

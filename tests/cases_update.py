@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 SIZES = (0, 1, 63, 1001, 3 * 16384 + 5)  # nothing, one, less than a row of lanes, odd, several blocks and a rest
 
 
@@ -52,6 +54,15 @@ def scale_(rng, dtype):
     return [((*arrays, factor), {}) for factor in (0.0, 0.3) for arrays in _arrays(rng, dtype, 1)]
 
 
+def unscale_(rng, dtype):
+    calls = scale_(rng, dtype)
+    for at, bad in ((0, math.nan), (-1, math.inf), (700, -math.inf)):
+        (data,) = list(_arrays(rng, dtype, 1))[-1]
+        data[at] = bad
+        calls.append(((data, 0.5), {}))
+    return calls
+
+
 def sum_of_squares(rng, dtype):
     return [(tuple(arrays), {}) for arrays in _arrays(rng, dtype, 1)]
 
@@ -63,5 +74,6 @@ CASES = {
     "adagrad_update": adagrad_update,
     "ema_update": ema_update,
     "scale_": scale_,
+    "unscale_": unscale_,
     "sum_of_squares": sum_of_squares,
 }

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from nanocnn.data import Augment, DataError, Split
-from nanocnn.data.augment import BLOCK, STREAM, load_batch
+from nanocnn.data.augment import load_batch
 from nanocnn.data.datasets import statistics
 from nanocnn.kernels import dispatch
+from nanocnn.kernels.augment import BLOCK, STREAM
 from nanocnn.kernels.random import random_bits
 
 

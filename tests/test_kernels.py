@@ -25,12 +25,17 @@ TOLERANCES = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
 CUDA_DTYPES = (np.float64, np.float16)  # and float32 where a kernel has only that
 OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
 VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cpu"]
-CUDA_VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cuda"]
+CUDA_VARIANTS = [  # in CUDA C++: those in Numba are tests/test_numba_cuda.py's
+    (p.name, v.name)
+    for p in OURS.values()
+    for v in p.variants.values()
+    if v.device == "cuda" and v.body.__module__.startswith("nanocnn.kernels.cuda.")
+]
 
 
 def arrays_in(value):
     """The arrays in nested lists, tuples and dicts, in order."""
-    if isinstance(value, np.ndarray | np.generic | float):
+    if isinstance(value, np.ndarray | np.generic | float | bool):
         return [np.asarray(value)]
     if isinstance(value, dict):
         value = list(value.values())
@@ -57,6 +62,8 @@ def assert_equals_reference(primitive, variant, args, kwargs):
     for a, b in zip(mine, theirs, strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype or (a.dtype, b.dtype) == (np.float16, np.float32)
+        with np.errstate(over="ignore"):
+            b = b.astype(a.dtype)  # a sum may be more than float16 holds: infinite
         tolerance = 0 if a.dtype.kind in "iub" else TOLERANCES[a.dtype.name]
         scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if a.dtype.kind == "f" else 1
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
@@ -67,8 +74,12 @@ def test_primitive_has_example_calls(name):
     assert name in CASES, f"add example calls of {name} to a tests/cases_*.py"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
-@pytest.mark.parametrize(("primitive", "variant"), VARIANTS, ids=lambda v: v)
+CPU_CALLS = [(*v, dtype) for v in VARIANTS for dtype in ((np.float16,) if v[1] == "fp32" else DTYPES)]
+
+
+@pytest.mark.parametrize(
+    ("primitive", "variant", "dtype"), CPU_CALLS, ids=lambda v: v if isinstance(v, str) else v.__name__
+)
 def test_variant_equals_reference(primitive, variant, dtype):
     p = OURS[primitive]
     rng = np.random.default_rng(7)
@@ -96,7 +107,8 @@ def test_cuda_variant_equals_reference(primitive, variant):
                 continue
             with counting() as report:
                 assert_equals_reference(primitive, variant, *given)
-            assert report.blocks, "no kernel ran"
+            # A product is cuBLAS's, here that of emulated_cublas.cpp; and so is a pointwise convolution.
+            assert report.blocks or variant in ("cublas", "cuda_pointwise"), "no kernel ran"
             compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from nanocnn.kernels.cuda import resources as compilers
 from nanocnn.kernels.cuda.resources import ARCHITECTURES, CompileError, Resources, parse, resources
 from nanocnn.kernels.cuda.source import FOLDER, signatures
+from nanocnn.kernels.dispatch import DeviceError
 
 SOURCES = sorted(path.name for path in FOLDER.glob("*.cu"))
 
@@ -25,14 +28,19 @@ def test_a_source_keeps_its_budget(file, architecture):
         assert used.registers > kernel.registers - 48, f"{name} of {file}: the budget is far more than it needs"
 
 
-def test_nvrtc_keeps_the_budget_too(monkeypatch):
-    """Where there is nvcc, the tests above have not asked the compiler of the wheels."""
-    monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc on PATH, and the wheels bring NVRTC alone")
+def test_nvcc_keeps_the_budget_too(monkeypatch):
+    """It is asked where there is no NVRTC; the tests above have asked that, as dev brings it."""
+    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
+    compilers._nvrtc.cache_clear()
     found = resources("gemm.cu", "sm_90")
     for name, kernel in signatures("gemm.cu").items():
         assert found[name].spilled == 0
         assert found[name].registers <= kernel.registers
         assert found[name].shared <= kernel.shared
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
+    with pytest.raises(DeviceError, match=r"neither nvcc on PATH nor NVRTC .* pip install 'nanocnn\[nvrtc\]'"):
+        resources("gemm.cu", "sm_90")
 
 
 def test_what_the_compiler_says():

@@ -4,6 +4,7 @@
 // and reads it back. Here the tiles' loader computes which pixel stands at a place of the columns, and takes it from
 // the image; the nine times are served by caches. Images are (N, H, W, C), weights (KH, KW, C / groups, O). Tiles and
 // sums are fp32 (fp64 for fp64).
+#include "gemm_tile.cuh"
 #include "real.cuh"
 
 #ifndef BLOCK_M
@@ -81,9 +82,9 @@ extern "C" __global__ void conv2d_grad_x_naive(const real* gy, const real* w, co
 // A thread for each weight goes through `span` of the m positions. Neighbours take neighbouring output channels: gy
 // comes in whole sectors, and x too where each channel is a group (depthwise); else they share a number of x. Two loads
 // for each multiplication. 9 x 64 x 64 weights are few threads for a GPU, so blockIdx.y is a part of the positions, and
-// add_up() adds the parts; with one part, `parts` is the result.
+// add_up() adds the parts; one part is the result, but for fp16, whose parts are fp32.
 // at most 32 registers, 0 bytes of shared memory
-extern "C" __global__ void conv2d_grad_w_naive(const real* gy, const real* x, real* parts, int m, int span, int height,
+extern "C" __global__ void conv2d_grad_w_naive(const real* gy, const real* x, sum* parts, int m, int span, int height,
                                                int width, int c, int kh, int kw, int o, int oh, int ow, int sh,
                                                int sw, int ph, int pw, int dh, int dw, int groups,
                                                long long count) {
@@ -104,7 +105,7 @@ extern "C" __global__ void conv2d_grad_w_naive(const real* gy, const real* x, re
             if (++p == oh) p = 0, image++;
         }
     }
-    parts[blockIdx.y * count + i] = (real)total;
+    parts[blockIdx.y * count + i] = total;
 }
 
 // ------------------------------------------------------------------ tiles, as in gemm_registers
@@ -249,12 +250,12 @@ conv2d_grad_x_implicit(const real* gy, const real* w, const real* residual, real
 
 // Columns, transposed (k x m), times gy (m x o). k and o are small and m is large: all tiles of the result are too
 // few blocks for a GPU. So blockIdx.z takes `span` of the m positions, a multiple of BLOCK_K, and its sums are one
-// part of `parts` (parts, kh, kw, c / groups, o), which add_up() adds; with one part, `parts` is the result. A thread
+// part of `parts` (parts, kh, kw, c / groups, o), which add_up() adds; one part is the result, but for fp16. A thread
 // always brings the same row of the columns, one tap and channel, and moves on through positions. blockIdx.y is the
 // group.
 // at most 64 registers, 8,448 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_w_implicit(const real* gy, const real* x, real* parts, int m, int span, int height, int width, int c,
+conv2d_grad_w_implicit(const real* gy, const real* x, sum* parts, int m, int span, int height, int width, int c,
                        int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh, int dw,
                        int groups) {
     __shared__ sum tile_a[BLOCK_K][BLOCK_M + 2], tile_b[BLOCK_K][BLOCK_N + 2];
@@ -296,17 +297,17 @@ conv2d_grad_w_implicit(const real* gy, const real* x, real* parts, int m, int sp
 #pragma unroll
         for (int j = 0; j < THREAD_N; j++) {
             const int r = row + y0 + i, s = column + x0 + j * (BLOCK_N / THREAD_N);
-            if (r < depth && s < outs) parts[((size_t)blockIdx.z * depth + r) * o + first_out + s] = (real)sums[i][j];
+            if (r < depth && s < outs) parts[((size_t)blockIdx.z * depth + r) * o + first_out + s] = sums[i][j];
         }
 }
 
 // The sum of the parts, one after the other: the same last bits at each call, which atomicAdd would not give.
 // at most 32 registers, 0 bytes of shared memory
-extern "C" __global__ void add_up(const real* parts, real* gw, int count_parts, long long count) {
+extern "C" __global__ void add_up(const sum* parts, real* gw, int count_parts, long long count) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     sum total = 0;
-    for (int part = 0; part < count_parts; part++) total += (sum)parts[part * count + i];
+    for (int part = 0; part < count_parts; part++) total += parts[part * count + i];
     gw[i] = (real)total;
 }
 
@@ -314,25 +315,6 @@ extern "C" __global__ void add_up(const real* parts, real* gw, int count_parts, 
 
 #define TALL 128  // positions that a block computes,
 #define WIDE 64   // and output channels: networks for small images begin with 64
-#define DEEP 8    // numbers deep
-#define EACH 8    // positions and channels that a thread keeps: two groups of four each, TALL / 2 and WIDE / 2 apart
-
-__device__ __forceinline__ void multiply_wide(float (*tile_a)[TALL + 4], float (*tile_b)[WIDE], int y0, int x0,
-                                              float (*sums)[EACH]) {
-#pragma unroll
-    for (int d = 0; d < DEEP; d++) {
-        float of_a[EACH], of_b[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i += 4) {
-            *reinterpret_cast<float4*>(of_a + i) = load4(&tile_a[d][y0 + i * (TALL / 8)]);
-            *reinterpret_cast<float4*>(of_b + i) = load4(&tile_b[d][x0 + i * (WIDE / 8)]);
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-#pragma unroll
-            for (int j = 0; j < EACH; j++) sums[i][j] += of_a[i] * of_b[j];
-    }
-}
 
 // fp32; one group; c and o are multiples of 4, so that four numbers of the columns are one load, of one pixel. While
 // one pair of tiles is used, the next is on its way to registers and then to the other half of shared memory.
@@ -389,7 +371,7 @@ conv2d_vectorised(const float* x, const float* w, const float* bias, const float
     __syncthreads();
     for (int first = 0, half = 0; first < depth; first += DEEP, half ^= 1) {
         if (first + DEEP < depth) fetch(first + DEEP);
-        multiply_wide(tile_a[half], tile_b[half], y0, x0, sums);
+        multiply_wide<TALL, WIDE>(tile_a[half], tile_b[half], y0, x0, sums);
         if (first + DEEP < depth) put(half ^ 1);
         __syncthreads();
     }
@@ -456,7 +438,7 @@ conv2d_grad_w_vectorised(const float* gy, const float* x, float* parts, int m, i
     __syncthreads();
     for (int first = begin, half = 0; first < end; first += DEEP, half ^= 1) {
         if (first + DEEP < end) fetch(first + DEEP);
-        multiply_wide(tile_a[half], tile_b[half], y0, x0, sums);
+        multiply_wide<TALL, WIDE>(tile_a[half], tile_b[half], y0, x0, sums);
         if (first + DEEP < end) put(half ^ 1);
         __syncthreads();
     }

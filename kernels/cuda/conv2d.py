@@ -15,6 +15,7 @@ from ..epilogue import finish
 from ..im2col import output_shape
 from .im2col import BIGGEST, geometry
 from .launch import MOST_Y, Kernel, aligned, contiguous, empty, is_aligned, one_each, reals
+from .reduce import sums_dtype
 from .source import macros
 from .tunable import Tunable
 
@@ -278,12 +279,13 @@ def _into(out, gw):
     return out
 
 
-def _sum_up(kernel, grid, block, gy, x, w_shape, parts, span, rest, out):
-    """The parts by a kernel, `grid` blocks each along its last axis, and their sum; in `out` where there is one."""
+def _sum_up(kernel, grid, block, gy, x, w_shape, parts, span, rest, out, shared=0):
+    """The parts by a kernel, `grid` blocks each along its last axis, and their sum; in `out` where there is one. Parts
+    of float16 are float32."""
     gw = _result(out, gy, w_shape)
-    sums = gw if parts == 1 else empty(gy, (parts, *w_shape))
-    kernel((*grid, parts), block, aligned(gy), aligned(x), sums, math.prod(gy.shape[:3]), span, *rest)
-    if parts > 1:
+    sums = gw if parts == 1 and gw.dtype == sums_dtype(gw) else empty(gy, (parts, *w_shape), sums_dtype(gw))
+    kernel((*grid, parts), block, aligned(gy), aligned(x), sums, math.prod(gy.shape[:3]), span, *rest, shared=shared)
+    if sums is not gw:
         ADD_UP(*one_each(gw.size), sums, gw, parts, gw.size)
     return _into(out, gw)
 
@@ -292,12 +294,7 @@ def _depthwise(gy, x, w_shape, *rest, **out):
     return w_shape[2] == 1 < rest[-1]
 
 
-def _plain(gy, *rest, **named):
-    """float32 and float64: the parts, too, would be float16."""
-    return gy.dtype != np.float16 and _backward_w(gy, *rest, **named)
-
-
-@conv2d_grad_w.variant("cuda_naive", device="cuda", supports=_plain, auto=_depthwise)
+@conv2d_grad_w.variant("cuda_naive", device="cuda", supports=_backward_w, auto=_depthwise)
 def conv2d_grad_w_cuda_naive(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """a thread for each weight and part of the positions; a second kernel adds the parts in a fixed order"""
     count = math.prod(w_shape)
@@ -308,7 +305,7 @@ def conv2d_grad_w_cuda_naive(gy, x, w_shape, stride, padding, dilation, groups, 
 
 
 def _tiles_w(gy, x, w_shape, *rest, **out):
-    return not _depthwise(gy, x, w_shape, *rest) and _plain(gy, x, w_shape, *rest, **out)
+    return not _depthwise(gy, x, w_shape, *rest) and _backward_w(gy, x, w_shape, *rest, **out)
 
 
 @conv2d_grad_w.variant("cuda_implicit", device="cuda", supports=_tiles_w)
@@ -342,7 +339,6 @@ STAGES = Tunable(
     *(dict(STAGES=n) for n in (2, 4, 5)),
 )
 TENSOR, GRAD_W_TENSOR = (Kernel("conv2d_tensor.cu", f"conv2d_{name}tensor", STAGES) for name in ("", "grad_w_"))
-ADD_UP_HALF = Kernel("conv2d_tensor.cu", "add_up_half")
 
 
 def _eights(x, w, *rest, **epilogue):
@@ -385,15 +381,9 @@ def _eights_w(gy, x, *rest, **out):
 @conv2d_grad_w.variant("cuda_tensor", device="cuda", supports=_eights_w)
 def conv2d_grad_w_cuda_tensor(gy, x, w_shape, stride, padding, dilation, groups, *, out=None):
     """tensor cores; blocks' sums stay fp32 until they are added up"""
-    gw = _result(out, gy, w_shape)
     blocks, deep = _blocks(math.prod(w_shape[:3]), w_shape[3], _tile(GRAD_W_TENSOR)), GRAD_W_TENSOR["BLOCK_K"]
-    m = math.prod(gy.shape[:3])
-    parts, span = _parts(m, blocks, deep)
-    sums = empty(gy, (parts, *w_shape), np.float32)
+    parts, span = _parts(math.prod(gy.shape[:3]), blocks, deep)
     sizes = _sizes(x.shape, w_shape, stride, padding, dilation)
-    given = aligned(gy), aligned(x), sums
     shared = GRAD_W_TENSOR["STAGES"] * deep * (GRAD_W_TENSOR["PITCH_T"] + GRAD_W_TENSOR["PITCH_B"]) * x.itemsize
     block = (GRAD_W_TENSOR["THREADS"],)
-    GRAD_W_TENSOR((blocks, 1, parts), block, *given, m, span, *sizes, shared=shared)
-    ADD_UP_HALF(*one_each(gw.size), sums, gw, parts, gw.size)
-    return _into(out, gw)
+    return _sum_up(GRAD_W_TENSOR, (blocks, 1), block, gy, x, w_shape, parts, span, sizes, out, shared)

@@ -6,7 +6,7 @@
 //
 // The gradient of the images is conv2d_tensor, too: for stride 1 it is the convolution of gy with the weights turned by
 // 180 degrees, and with a stride one such convolution for each phase of it (conv2d.py).
-#include "ptx.cuh"
+#include "mma_tile.cuh"
 
 #ifndef STAGES
 #define STAGES 3    // pairs of tiles in shared memory
@@ -85,20 +85,8 @@ conv2d_tensor(const half* x, const half* w, const half* bias, const half* residu
         cp_commit();
         const half* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
         const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
-#pragma unroll
-        for (int d = 0; d < BLOCK_K; d += 16) {
-            uint32_t of_a[WARP_M / 16][4], of_b[WARP_N / 16][4];
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
-                ldmatrix_x4(of_a[i], tile_a + (warp_row + i * 16 + lane % 16) * PITCH_A + d + lane / 16 * 8);
-#pragma unroll
-            for (int j = 0; j < WARP_N / 16; j++)
-                ldmatrix_x4_trans(of_b[j], tile_b + (d + lane % 16) * PITCH_B + warp_column + j * 16 + lane / 16 * 8);
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
-#pragma unroll
-                for (int j = 0; j < WARP_N / 8; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
-        }
+        multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_A, PITCH_B, false>(
+            tile_a + warp_row * PITCH_A, tile_b + warp_column, lane, sum);
     }
 #pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)
@@ -171,24 +159,10 @@ conv2d_grad_w_tensor(const half* gy, const half* x, float* parts, int m, int spa
         __syncthreads();
         if (step + STAGES - 1 < steps) fetch(begin + (step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
         cp_commit();
-        // The four matrices that `ldmatrix` brings: two along the rows of the result, then two along positions.
         const half* const tile_a = tiles + step % STAGES * BLOCK_K * PITCH_T;
-        const half* const turned_a = tile_a + (lane / 16 * 8 + lane % 8) * PITCH_T + warp_row + lane / 8 % 2 * 8;
         const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
-#pragma unroll
-        for (int d = 0; d < BLOCK_K; d += 16) {
-            uint32_t of_a[WARP_M / 16][4], of_b[WARP_N / 16][4];
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
-                ldmatrix_x4_trans(of_a[i], turned_a + d * PITCH_T + i * 16);
-#pragma unroll
-            for (int j = 0; j < WARP_N / 16; j++)
-                ldmatrix_x4_trans(of_b[j], tile_b + (d + lane % 16) * PITCH_B + warp_column + j * 16 + lane / 16 * 8);
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
-#pragma unroll
-                for (int j = 0; j < WARP_N / 8; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
-        }
+        multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_T, PITCH_B, true>(tile_a + warp_row, tile_b + warp_column,
+                                                                               lane, sum);
     }
 #pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)
@@ -202,14 +176,4 @@ conv2d_grad_w_tensor(const half* gy, const half* x, float* parts, int m, int spa
                 const float2 v = make_float2(sum[i][j][h * 2], sum[i][j][h * 2 + 1]);
                 *reinterpret_cast<float2*>(parts + ((size_t)blockIdx.z * depth + r) * o + s) = v;
             }
-}
-
-// The sum of the parts, one after the other: the same last bits at each call.
-// at most 32 registers, 0 bytes of shared memory
-extern "C" __global__ void add_up_half(const float* parts, half* gw, int count_parts, long long count) {
-    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    float total = 0;
-    for (int part = 0; part < count_parts; part++) total += parts[part * count + i];
-    gw[i] = __float2half_rn(total);
 }

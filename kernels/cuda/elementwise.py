@@ -5,8 +5,6 @@ The kernels are in elementwise.cu.
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..elementwise import (
     add_bias,
     bias_grad,
@@ -131,12 +129,7 @@ def add_bias_cuda(x, b):
     return x
 
 
-def _not_half(gy):
-    """A sum over a batch may be more than half precision holds: that is for the reference to say."""
-    return reals(gy) and gy.dtype != np.float16
-
-
-@bias_grad.variant("cuda_naive", device="cuda", supports=_not_half, auto=False)
+@bias_grad.variant("cuda_naive", device="cuda", supports=reals, auto=False)
 def bias_grad_cuda_naive(gy):
     """a thread for each column, from the first row to the last: whole sectors, but few threads that ask for any"""
     columns = gy.shape[-1]
@@ -145,7 +138,7 @@ def bias_grad_cuda_naive(gy):
     return total
 
 
-@bias_grad.variant("cuda", device="cuda", supports=_not_half)
+@bias_grad.variant("cuda", device="cuda", supports=reals)
 def bias_grad_cuda(gy):
     """rows shared out to blocks, parts added up in a fixed order: the same bytes, asked for by the whole GPU"""
     columns = gy.shape[-1]

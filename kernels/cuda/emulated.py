@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from ..dispatch import DeviceError
-from .source import FOLDER, Signature, signatures, with_includes
+from .source import FOLDER, Signature, each_array, signatures, with_includes
 
 GUARD = 4096  # bytes on each side of an array while its accesses are checked, that belong to no array
 OLDEST = 12  # version of g++ that knows _Float16 in C++
@@ -112,6 +112,17 @@ def _built(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> Pa
     return _kept(f"{Path(file).stem}.so", [with_includes(file), *(path.name for path in own), *options, *macros], make)
 
 
+@cache
+def host_library(source: str) -> ctypes.CDLL:
+    """A .cpp file of this folder as a shared library: what stands in for a library of NVIDIA's."""
+    options = [*FLAGS, "-O3", "-ffast-math"]
+
+    def make(out: Path) -> None:
+        _run([compiler(), *options, "-shared", str(FOLDER / source), "-o", str(out)], source)
+
+    return ctypes.CDLL(str(_kept(f"{Path(source).stem}.so", [with_includes(source), *options], make)))
+
+
 def _of_the_emulator(name: str, options: list[str]) -> Path:
     """A part of the emulator, compiled once for all kernels."""
     source = FOLDER / name
@@ -176,10 +187,12 @@ def launch(
     code = library(file, defines, report is not None)
     dynamic = _aligned(shared)
     with _one_at_a_time, contextlib.nullcontext(args) if report is None else _between_guards(kernel, args) as given:
+        tables = [np.array([*map(_address, a)], np.uint64) if isinstance(a, list) else None for a in given]
         if report is not None:
-            _watch(code, kernel, given, dynamic)
-        # A kernel's arguments lie in memory, each at a place of its own: addresses of arrays, and numbers.
-        slots = [np.asarray(a) if isinstance(a, np.generic) else np.array(_address(a), np.uint64) for a in given]
+            _watch(code, kernel, given, tables, dynamic)
+        # A kernel's arguments lie in memory, each at a place of its own: addresses of arrays or tables, and numbers.
+        first = [a if table is None else table for a, table in zip(given, tables, strict=True)]
+        slots = [np.asarray(a) if isinstance(a, np.generic) else np.array(_address(a), np.uint64) for a in first]
         places = (ctypes.c_void_p * len(slots))(*(slot.ctypes.data for slot in slots))
         sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)
         error = code.emulator_launch(getattr(code, f"call_{kernel.name}"), places, *sizes, _pointer(dynamic))
@@ -214,7 +227,7 @@ def _between_guards(kernel: Signature, args: Sequence[Any]) -> Iterator[list[Any
 
     Arrays that share memory (an output that is an input) share it there, too.
     """
-    arrays = [(p, a) for p, a in zip(kernel.parameters, args, strict=True) if _is_array(a)]
+    arrays = list(each_array(zip(kernel.parameters, args, strict=True)))
     spans: list[list[int]] = []
     for begin, end in sorted((a.ctypes.data, a.ctypes.data + a.nbytes) for _, a in arrays):
         if spans and begin < spans[-1][1]:
@@ -224,6 +237,8 @@ def _between_guards(kernel: Signature, args: Sequence[Any]) -> Iterator[list[Any
     rooms = [_aligned(end - begin, GUARD) for begin, end in spans]
 
     def moved(a: Any) -> Any:
+        if isinstance(a, list):
+            return [*map(moved, a)]
         if not _is_array(a):
             return a
         which = bisect.bisect_right(spans, [a.ctypes.data, float("inf")]) - 1
@@ -235,8 +250,9 @@ def _between_guards(kernel: Signature, args: Sequence[Any]) -> Iterator[list[Any
     try:
         yield copies
     finally:
-        for p, a, copy in zip(kernel.parameters, args, copies, strict=True):
-            if p.pointer and not p.constant and a is not None:
+        done = each_array(zip(kernel.parameters, copies, strict=True))
+        for (p, a), (_, copy) in zip(arrays, done, strict=True):
+            if not p.constant:
                 a[...] = copy
 
 
@@ -333,11 +349,13 @@ def counting() -> Iterator[Report]:
 _names: dict[ctypes.CDLL, Any] = {}
 
 
-def _watch(code: ctypes.CDLL, kernel: Signature, args: Sequence[Any], dynamic: np.ndarray) -> None:
-    """Tell the library which memory the kernel may touch."""
+def _watch(
+    code: ctypes.CDLL, kernel: Signature, args: Sequence[Any], tables: Sequence[Any], dynamic: np.ndarray
+) -> None:
+    """Tell the library which memory the kernel may touch: arrays, and tables of where they are."""
     known: dict[tuple[int, int], bytes] = {}
-    for p, a in zip(kernel.parameters, args, strict=True):
-        if _is_array(a):
+    for given in (args, tables):
+        for p, a in each_array(zip(kernel.parameters, given, strict=True)):
             known.setdefault((a.ctypes.data, a.nbytes), f"{p.name} ({a.dtype}{list(a.shape)})".encode())
     count = len(known)
     begins = (ctypes.c_void_p * count)(*(begin for begin, _ in known))

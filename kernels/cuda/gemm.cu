@@ -2,7 +2,7 @@
 //
 // Each rung changes where the numbers come from; the multiplications are the same. A number of A is needed by n sums
 // and a number of B by m: the rungs differ in how often it is fetched for them, and from where.
-#include "ptx.cuh"
+#include "gemm_tile.cuh"
 
 // ------------------------------------------------------------------ one thread, one sum
 
@@ -100,63 +100,10 @@ gemm_registers(const float* a, const float* b, float* c, int m, int n, int k) {
 
 // ------------------------------------------------------------------ four numbers an instruction
 
-#define WIDE 128   // rows and columns of C that a block computes
-#define DEEP 8     // numbers deep
-#define EACH 8     // rows and columns of C that a thread keeps: two groups of four, WIDE / 2 apart
-
-// k and n are multiples of 4. While one pair of tiles is used, the next is on its way to registers and then to the
-// other half of shared memory: one barrier for each.
+// k and n are multiples of 4. The tile is in gemm_tile.cuh, where conv2d.cu and winograd.cu have it from, too.
 // at most 144 registers, 16,896 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(256)
 gemm_vectorised(const float* a, const float* b, float* c, int m, int n, int k) {
-    __shared__ __align__(16) float tile_a[2][DEEP][WIDE + 4], tile_b[2][DEEP][WIDE];
-    const int t = threadIdx.x, row = blockIdx.y * WIDE, column = blockIdx.x * WIDE;
-    const int x = t % 16 * 4, y = t / 16 * 4;
-    const int row_a = t / 2, deep_a = t % 2 * 4, deep_b = t / 32, column_b = t % 32 * 4;  // what this thread fetches
-    const float4 none = make_float4(0, 0, 0, 0);
-    float sum[EACH][EACH] = {};
-    float4 next_a, next_b;
-
-    auto fetch = [&](int first) {
-        const bool has_a = row + row_a < m && first + deep_a < k, has_b = first + deep_b < k && column + column_b < n;
-        next_a = has_a ? load4(a + (size_t)(row + row_a) * k + first + deep_a) : none;
-        next_b = has_b ? load4(b + (size_t)(first + deep_b) * n + column + column_b) : none;
-    };
-    auto put = [&](int half) {
-        tile_a[half][deep_a + 0][row_a] = next_a.x;
-        tile_a[half][deep_a + 1][row_a] = next_a.y;
-        tile_a[half][deep_a + 2][row_a] = next_a.z;
-        tile_a[half][deep_a + 3][row_a] = next_a.w;
-        store4(&tile_b[half][deep_b][column_b], next_b);
-    };
-
-    fetch(0);
-    put(0);
-    __syncthreads();
-    for (int first = 0, half = 0; first < k; first += DEEP, half ^= 1) {
-        if (first + DEEP < k) fetch(first + DEEP);
-#pragma unroll
-        for (int d = 0; d < DEEP; d++) {
-            float of_a[EACH], of_b[EACH];
-#pragma unroll
-            for (int i = 0; i < EACH; i += 4) {
-                *reinterpret_cast<float4*>(of_a + i) = load4(&tile_a[half][d][y + i * 16]);
-                *reinterpret_cast<float4*>(of_b + i) = load4(&tile_b[half][d][x + i * 16]);
-            }
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
-#pragma unroll
-                for (int j = 0; j < EACH; j++) sum[i][j] += of_a[i] * of_b[j];
-        }
-        if (first + DEEP < k) put(half ^ 1);
-        __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
-#pragma unroll
-        for (int j = 0; j < EACH; j += 4) {
-            const int r = row + y + i % 4 + i / 4 * 64, s = column + x + j * 16;
-            if (r < m && s < n)
-                store4(c + (size_t)r * n + s, make_float4(sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]));
-        }
+    __shared__ __align__(16) float tile_a[2][DEEP][128 + 4], tile_b[2][DEEP][128];
+    gemm_tile<128, 128>(tile_a, tile_b, a, b, c, m, n, k, blockIdx.y * 128, blockIdx.x * 128);
 }

@@ -3,7 +3,7 @@
 // A warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. What remains is to feed it: tiles come by
 // asynchronous copies (cp.async) past the registers into shared memory, STAGES of them on their way at a time, and from
 // there by `ldmatrix`, which hands each lane what the instruction wants of it.
-#include "ptx.cuh"
+#include "mma_tile.cuh"
 
 #ifndef STAGES
 #define STAGES 3    // pairs of tiles in shared memory
@@ -58,20 +58,8 @@ gemm_tensor(const half* a, const half* b, half* c, int m, int n, int k) {
         cp_commit();
         const half* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
         const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
-#pragma unroll
-        for (int d = 0; d < BLOCK_K; d += 16) {
-            uint32_t of_a[WARP_M / 16][4], of_b[WARP_N / 16][4];
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
-                ldmatrix_x4(of_a[i], tile_a + (warp_row + i * 16 + lane % 16) * PITCH_A + d + lane / 16 * 8);
-#pragma unroll
-            for (int j = 0; j < WARP_N / 16; j++)
-                ldmatrix_x4_trans(of_b[j], tile_b + (d + lane % 16) * PITCH_B + warp_column + j * 16 + lane / 16 * 8);
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
-#pragma unroll
-                for (int j = 0; j < WARP_N / 8; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
-        }
+        multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_A, PITCH_B, false>(
+            tile_a + warp_row * PITCH_A, tile_b + warp_column, lane, sum);
     }
 #pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)

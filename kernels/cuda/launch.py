@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import emulated
-from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, macros, signatures
+from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, macros, signatures
 from .tunable import Tunable
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
@@ -58,14 +60,15 @@ class Kernel:
         """Run it on `grid` blocks of `block` threads (x, y, z) with `shared` bytes of dynamic shared memory.
 
         Arrays, of one device, must be C-contiguous and of the type that the kernel's pointer has; None is a null
-        pointer. Raises TypeError or ValueError on anything else, and on sizes that no GPU can do.
+        pointer. Where the kernel has pointers to several arrays (`real* const*`), it takes a list of such. Raises
+        TypeError or ValueError on anything else, and on sizes that no GPU can do.
         """
         parameters = self.signature.parameters
         if len(args) != len(parameters):
             names = ", ".join(p.name for p in parameters)
             raise TypeError(f"{self.name} takes {len(parameters)} arguments ({names}), got {len(args)}")
         pairs = zip(parameters, args, strict=True)
-        given = [(p.kind, a.dtype) for p, a in pairs if p.kind in (REAL, SUM) and a is not None]
+        given = [(p.kind, a.dtype) for p, a in each_array(pairs) if p.kind in (REAL, SUM)]
         dtypes = dict(reversed(given))  # of the first of each kind; sums alone are of the type that they come in
         real = dtypes.get(REAL, dtypes.get(SUM))
         if real is not None and real not in REALS:
@@ -77,15 +80,18 @@ class Kernel:
             raise ValueError(
                 f"{self.name}: {grid} blocks of {block} threads; expected 1 or more, {MOST_THREADS} threads at most"
             )
-        devices = {device_of(a) for a, p in zip(args, parameters, strict=True) if p.pointer and a is not None}
+        devices = {device_of(a) for _, a in each_array(zip(parameters, args, strict=True))}
         if len(devices) != 1 or devices == {"cpu"}:
             raise DeviceError(f"{self.name} needs arrays of one device, 'cuda' or 'emulated'; got {sorted(devices)}")
         if _launches is not None:
             _launches.append(Launch(self, dict(defines), grid, block, shared))
         if devices == {"emulated"}:
-            emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
+            emulated_array.change(
+                lambda: emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
+            )
         else:
-            self._for_the_gpu(defines, shared)(grid, block, tuple(checked), shared_mem=shared)
+            arguments = tuple(_pointers(a) if isinstance(a, list) else a for a in checked)
+            self._for_the_gpu(defines, shared)(grid, block, arguments, shared_mem=shared)
 
     def _for_the_gpu(self, defines: tuple, shared: int) -> Any:
         import cupy
@@ -98,6 +104,19 @@ class Kernel:
         if shared > PLAIN_SHARED:
             kernel.max_dynamic_shared_size_bytes = shared
         return kernel
+
+
+_tables: dict[tuple[int, ...], Any] = {}
+
+
+def _pointers(arrays: list[Any]) -> Any:
+    """Their addresses, on the GPU: copied there once, and kept for good, as a recorded launch may read them later."""
+    import cupy
+
+    addresses = tuple(0 if a is None else a.data.ptr for a in arrays)
+    if addresses not in _tables:
+        _tables[addresses] = cupy.asarray(np.array(addresses, np.uint64))
+    return _tables[addresses]
 
 
 class Launch(NamedTuple):
@@ -188,6 +207,11 @@ def _argument(kernel: str, p: Parameter, a: Any, real: Any) -> Any:
         return number
     if a is None:
         return None
+    if p.many and isinstance(a, list | tuple):
+        one = replace(p, many=False)
+        return [_argument(kernel, one, array, real) for array in a]
+    if p.many:
+        raise TypeError(f"{kernel}: {p.name} is a list of arrays, got {type(a).__name__}")
     expected = np.dtype(real if p.kind == REAL else _sum_of(real) if p.kind == SUM else ARRAYS[p.kind])
     if getattr(a, "dtype", None) != expected or not a.flags.c_contiguous:
         order = "" if not hasattr(a, "flags") or a.flags.c_contiguous else ", not C-contiguous"

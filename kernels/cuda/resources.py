@@ -2,7 +2,7 @@
 
     resources("gemm.cu", "sm_90")["gemm_tiled"]     # Resources(registers=32, spilled=0, shared=8192)
 
-The compiler is nvcc where there is one, else NVRTC from the wheels (pip install 'nanocnn[nvrtc]').
+The compiler is NVRTC from the wheels (pip install 'nanocnn[nvrtc]'), or else nvcc, which takes several times as long.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class CompileError(RuntimeError):
 def resources(file: str, architecture: str, **defines: Any) -> dict[str, Resources]:
     """Of each kernel of a .cu file. Raises CompileError, and DeviceError where there is no compiler."""
     options = ["-std=c++17", *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
-    report = _by_nvcc if shutil.which("nvcc") else _by_nvrtc
-    return parse(report(file, architecture, options))
+    try:
+        report = _by_nvrtc(file, architecture, options)
+    except DeviceError:
+        if not shutil.which("nvcc"):
+            raise
+        report = _by_nvcc(file, architecture, options)
+    return parse(report)
 
 
 def parse(report: str) -> dict[str, Resources]:

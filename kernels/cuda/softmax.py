@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..softmax import cross_entropy, cross_entropy_grad, log_softmax, log_softmax_grad, softmax, softmax_grad
+from ..dispatch import xp_of
+from ..softmax import (
+    cross_entropy,
+    cross_entropy_and_grad,
+    cross_entropy_grad,
+    log_softmax,
+    log_softmax_grad,
+    softmax,
+    softmax_grad,
+)
 from .elementwise import alike
 from .launch import Kernel, contiguous, empty, one_each, reals
 from .reduce import sums_dtype
@@ -31,6 +40,7 @@ SOFTMAX, LOG_SOFTMAX, SOFTMAX_GRAD, LOG_SOFTMAX_GRAD, CROSS_ENTROPY_NAIVE, CROSS
         "cross_entropy_grad",
     )
 )
+CROSS_ENTROPY_AND_GRAD = Kernel("softmax.cu", "cross_entropy_and_grad")
 
 
 def _warp_a_row(rows):
@@ -108,3 +118,18 @@ def cross_entropy_grad_cuda(gy, logits, labels, lse, smoothing):
     arrays = (contiguous(a) for a in (gy, logits, labels, lse.astype(sums_dtype(gy), copy=False)))
     CROSS_ENTROPY_GRAD(*_warp_a_row(rows), *arrays, float(smoothing), gx, rows, columns)
     return gx
+
+
+def _scaled(logits, labels, scale, smoothing):
+    return _logits_and_labels(logits, labels) and scale.dtype == sums_dtype(logits) and scale.shape == (1,)
+
+
+@cross_entropy_and_grad.variant("cuda", device="cuda", supports=_scaled)
+def cross_entropy_and_grad_cuda(logits, labels, scale, smoothing):
+    """one launch, a warp for each row, which it reads twice: the second time from a cache"""
+    rows, columns = logits.shape
+    loss, gx = empty(logits, rows, scale.dtype), empty(logits, logits.shape)
+    right = xp_of(logits).zeros(1, np.int32)
+    given = contiguous(logits), contiguous(labels), scale, float(smoothing)
+    CROSS_ENTROPY_AND_GRAD(*_warp_a_row(rows), *given, loss, gx, right, rows, columns)
+    return loss, gx, right

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,11 +49,21 @@ class Parameter:
     kind: str  # "float", of which it is one, or to which it points
     pointer: bool
     constant: bool  # a pointer through which nothing is written
+    many: bool = False  # `real* const* data`: pointers to several arrays, which lie in memory themselves
 
     @property
     def type(self) -> str:
         """As C++ has it."""
-        return f"{'const ' if self.constant else ''}{self.kind}{'*' if self.pointer else ''}"
+        stars = "* const*" if self.many else "*" if self.pointer else ""
+        return f"{'const ' if self.constant else ''}{self.kind}{stars}"
+
+
+def each_array(pairs: Iterable[tuple[Parameter, Any]]) -> Iterator[tuple[Parameter, Any]]:
+    """Of parameters with their arguments, those that are arrays; of a list, each one."""
+    for p, a in pairs:
+        for array in a if isinstance(a, list | tuple) else [a]:
+            if p.pointer and array is not None:
+                yield p, array
 
 
 @dataclass(frozen=True)
@@ -86,11 +98,12 @@ def parse(text: str, file: str = "the source") -> dict[str, Signature]:
 def _parameter(word: str, file: str) -> Parameter:
     words = COMMENT.sub("", word).replace("*", " * ").replace("__restrict__", "").split()
     *kind, name = words
-    constant, pointer = "const" in kind, "*" in kind
+    pointer, many = "*" in kind, kind.count("*") == 2
+    constant = pointer and "const" in kind[: kind.index("*")]
     plain = " ".join(w for w in kind if w not in ("const", "*"))
     if plain not in (ARRAYS if pointer else NUMBERS) and not (pointer and plain in (REAL, SUM)):
         raise ValueError(f"{file}: a kernel's parameter `{' '.join(words)}`: expected one of {', '.join(ARRAYS)}")
-    return Parameter(name, plain, pointer, constant and pointer)
+    return Parameter(name, plain, pointer, constant, many)
 
 
 @cache

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..kernels.cuda.upload import Uploads
 from ..kernels.dispatch import Switch, span
 from .augment import Augment, load_batch
 from .datasets import DataError, Split
+from .resident import resident_or_none
 
 prefetch_switch = Switch(
     "prefetch",
@@ -25,9 +28,9 @@ prefetch_switch = Switch(
 class Batch:
     """This rank's share of a global batch.
 
-    x: float (n, H, W, C), normalised, C-contiguous. y: int64 (n,) labels. index: int64 (n,) sample numbers in the
-    split, which key dropout too. global_size: images in the batch over all ranks; means are weighted by it. epoch and
-    step: where in the run it belongs.
+    x: float (n, H, W, C), normalised, C-contiguous. y: int64 (n,) labels. Both lie on the loader's device. index: int64
+    (n,) sample numbers in the split, on the CPU, which key dropout too. global_size: images in the batch over all
+    ranks; means are weighted by it. epoch and step: where in the run it belongs.
     """
 
     x: np.ndarray
@@ -48,7 +51,10 @@ class Loader:
     shuffle: draw an order (training), or keep that of the split (evaluation). drop_last: leave out the last global
     batch if it is not full; by default when shuffling. If it is kept, a rank's piece of it may have no image.
     prefetch: how many batches the background thread keeps ready; 0, or the switch `prefetch=off`, is no thread.
-    Raises DataError if a batch or a piece of one would be empty.
+    device: where batches lie. With the switch `resident` the whole split is there, as bytes, and they are made there:
+    with the same bits as on the CPU, and without a thread, since a kernel is launched and not waited for. Else they are
+    made on the CPU and sent, the next one while this one is computed with; then a batch is overwritten two batches
+    later. Raises DataError if a batch or a piece of one would be empty, and if `resident=on` does not fit.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Loader:
         drop_last: bool | None = None,
         prefetch: int = 2,
         dtype: type = np.float32,
+        device: str | None = None,
     ):
         self.split, self.batch_size, self.augment, self.seed = split, batch_size, augment, seed
         self.rank, self.size, self.shuffle, self.prefetch, self.dtype = rank, size, shuffle, prefetch, dtype
@@ -87,6 +94,8 @@ class Loader:
             raise DataError(f"{where}: dtype {np.dtype(dtype)}, expected a floating-point one for normalised images")
         if augment is not None:
             augment.check(split.images)
+        self.resident = resident_or_none(split, device, dtype)
+        self.uploads = None if device in (None, "cpu") or self.resident else Uploads(str(device))
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
@@ -104,9 +113,11 @@ class Loader:
             raise DataError(f"{self.split.source}: cannot start at step {start}, an epoch has {len(self)}")
         order = self.order(epoch)
         steps = iter(range(start, len(self)))
-        if self.prefetch > 0 and prefetch_switch.value == "on":
-            return _ahead(lambda: self._batch(order, epoch, next(steps)), self.prefetch)
-        return self._one_by_one(order, epoch, steps)
+        if self.resident is None and self.prefetch > 0 and prefetch_switch.value == "on":
+            batches = _ahead(lambda: self._batch(order, epoch, next(steps)), self.prefetch)
+        else:
+            batches = self._one_by_one(order, epoch, steps)
+        return batches if self.uploads is None else self._sent(batches, self.uploads)
 
     def _one_by_one(self, order: np.ndarray, epoch: int, steps: Iterator[int]) -> Iterator[Batch]:
         for step in steps:
@@ -114,11 +125,27 @@ class Loader:
                 batch = self._batch(order, epoch, step)
             yield batch
 
+    @staticmethod
+    def _sent(batches: Iterator[Batch], uploads: Uploads) -> Iterator[Batch]:
+        """Each on the device; the next one is on its way before this one is handed out."""
+        whole: deque[Batch] = deque()
+
+        def arrays() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch in batches:
+                whole.append(batch)
+                yield batch.x, batch.y
+
+        for x, y in uploads.ahead(arrays()):
+            yield replace(whole.popleft(), x=x, y=y)
+
     def _batch(self, order: np.ndarray, epoch: int, step: int) -> Batch:
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
         mine = whole[len(whole) * self.rank // self.size : len(whole) * (self.rank + 1) // self.size]
-        x = load_batch(self.split, mine, self.augment, self.seed, epoch, self.dtype)
-        return Batch(x, self.split.labels[mine], mine, len(whole), epoch, step)
+        if self.resident is not None:
+            x, y = self.resident.batch(mine, self.augment, self.seed, epoch)
+        else:
+            x, y = load_batch(self.split, mine, self.augment, self.seed, epoch, self.dtype), self.split.labels[mine]
+        return Batch(x, y, mine, len(whole), epoch, step)
 
 
 def _ahead(make: Callable[[], Batch], depth: int) -> Iterator[Batch]:

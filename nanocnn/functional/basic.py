@@ -11,6 +11,7 @@ import numpy as np
 
 from ..kernels.dispatch import xp_of
 from ..kernels.elementwise import add_bias, as_rows, bias_grad
+from ..kernels.half import cast as cast_kernel
 from ..kernels.matmul import matmul as matmul_kernel
 from ..tensor import Op, Tensor, as_tensor
 from .fuse import back_through_epilogue, fuse, one_by_one
@@ -184,7 +185,8 @@ def _is_basic(index: Any) -> bool:
 class Sum(Op):
     def forward(self, a, *, axis, keepdims):
         self.shape, self.axis, self.keepdims = a.shape, axis, keepdims
-        return xp_of(a).asarray(a.sum(axis=axis, keepdims=keepdims))
+        wide = np.float32 if a.dtype == np.float16 else None  # a long sum in float16 stops growing at 2048 ones
+        return cast_kernel(xp_of(a).asarray(a.sum(axis=axis, keepdims=keepdims, dtype=wide)), a.dtype)
 
     def backward(self, gy):
         return xp_of(gy).broadcast_to(_with_axes(gy, self.axis, self.keepdims), self.shape)
@@ -236,17 +238,18 @@ class Pad(Op):
 class Cast(Op):
     def forward(self, a, *, dtype):
         self.dtype = a.dtype
-        return a.astype(dtype)
+        return cast_kernel(a, dtype)
 
     def backward(self, gy):
-        return gy.astype(self.dtype)
+        return cast_kernel(gy, self.dtype)
 
 
 def need_floats(name: str, x: Tensor) -> None:
     """Raise TypeError on anything but floating-point numbers: weights in the dtype of uint8 images would all be 0."""
     if x.dtype.kind != "f":
         raise TypeError(
-            f"{name} of dtype {x.dtype}: expected float32 or float64; normalise images first (nanocnn.data.Loader does)"
+            f"{name} of dtype {x.dtype}: expected float16, float32 or float64; normalise images first "
+            "(nanocnn.data.Loader does)"
         )
 
 
@@ -286,7 +289,7 @@ def cast(x: Tensor, dtype: Any) -> Tensor:
     """`x` in another floating-point dtype; the gradient comes back in x's own. Raises TypeError on other dtypes."""
     dtype = np.dtype(dtype)
     if dtype.kind != "f":
-        raise TypeError(f"cast to {dtype}: expected a floating-point dtype, float32 or float64")
+        raise TypeError(f"cast to {dtype}: expected a floating-point dtype: float16, float32 or float64")
     return x if x.dtype == dtype else Cast.apply(x, dtype=dtype)
 
 

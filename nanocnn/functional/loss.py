@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..kernels import softmax as kernels
-from ..kernels.dispatch import aside, xp_of
+from ..kernels.dispatch import aside, device_of, to_device, xp_of
 from ..tensor import Op, Tensor
+from .basic import cast
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -85,30 +86,40 @@ def _check_reduction(name: str, reduction: str, size: int) -> None:
 
 
 def _check_labels(logits: Tensor, labels: Any) -> Any:
-    """`labels` as an int64 array (N,), every one a class."""
+    """`labels` as an int64 array (N,), every one a class.
+
+    Labels that lie on a GPU are not looked at, which would make the host wait for it: one that is no class makes the
+    loss NaN there.
+    """
     if logits.ndim != 2:
         raise ValueError(f"cross_entropy of logits of shape {logits.shape}: expected (N, classes)")
     rows, classes = logits.shape
-    xp = xp_of(logits.data)
-    labels = xp.asarray(labels.data if isinstance(labels, Tensor) else labels)
+    labels = labels.data if isinstance(labels, Tensor) else labels
+    there = hasattr(labels, "dtype") and device_of(labels) != "cpu"
+    labels = labels if there else np.asarray(labels)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"cross_entropy: labels of dtype {labels.dtype}, expected integers, one class for each row")
     if labels.shape != (rows,):
         raise ValueError(
             f"cross_entropy: labels of shape {labels.shape} for logits of shape {logits.shape}, expected ({rows},)"
         )
-    bad = (labels < 0) | (labels >= classes)
-    if bad.any():
+    if not there and (bad := (labels < 0) | (labels >= classes)).any():
         row = int(bad.argmax())
         raise ValueError(
             f"cross_entropy: label {int(labels[row])} in row {row} is no class: expected 0 to {classes - 1} for "
             f"logits of shape {logits.shape}"
         )
-    return labels if labels.dtype == np.int64 else aside(_as_int64, labels)
+    labels = labels if labels.dtype == np.int64 else aside(_as_int64, labels)
+    return labels if there else to_device(labels, logits.device)
 
 
 def _as_int64(labels: Any) -> Any:
     return labels.astype(np.int64)
+
+
+def _not_half(x: Tensor) -> Tensor:
+    """A loss is computed in float32, and its gradient rounded to the float16 of what it was computed from."""
+    return cast(x, np.float32) if x.dtype == np.float16 else x
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
@@ -125,10 +136,10 @@ def cross_entropy(logits: Tensor, labels: Any, label_smoothing: float = 0.0, red
     """(N, C), integers (N,) -> the mean of -sum(t log_softmax(logits)) over the batch, its "sum", or (N,) for "none".
 
     The target t is 1 - label_smoothing at the label, plus label_smoothing / C everywhere (Szegedy et al. 2016). A NaN
-    in a row makes its loss NaN. An empty batch has the sum 0. Raises ValueError on labels that are not integers, not
-    one for each row, or no class.
+    in a row makes its loss NaN. An empty batch has the sum 0. Of float16 logits the loss is float32. Raises ValueError
+    on labels that are not integers, not one for each row, or no class.
     """
-    labels = _check_labels(logits, labels)
+    logits, labels = _not_half(logits), _check_labels(logits, labels)
     _check_reduction("cross_entropy", reduction, len(labels))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing!r}, expected a number from 0 to 1")
@@ -144,4 +155,4 @@ def mse_loss(x: Tensor, target: Any, reduction: str = "mean") -> Tensor:
             f"mse_loss of {x.dtype} {x.shape} and {target.dtype} {target.shape}: expected equal shapes and dtypes"
         )
     _check_reduction("mse_loss", reduction, x.size)
-    return MSELoss.apply(x, target, reduction=reduction)
+    return MSELoss.apply(_not_half(x), _not_half(target), reduction=reduction)

@@ -84,7 +84,8 @@ class LayerNorm(Op):
         return y
 
     def backward(self, gy):
-        return layer_kernels.layer_norm_grad(gy, *self.saved)
+        gx, *sums = layer_kernels.layer_norm_grad(gy, *self.saved)
+        return gx, *(s.astype(self.saved[3].dtype, copy=False) for s in sums)
 
 
 def _affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

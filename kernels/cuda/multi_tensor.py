@@ -1,0 +1,106 @@
+"""All buckets in one launch, whatever their number, and the loss scale; the kernels are in multi_tensor.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..dispatch import device_of, to_device
+from ..multi_tensor import (
+    ADAM_COLUMNS,
+    SGD_COLUMNS,
+    found_nonfinite_,
+    multi_adam_update,
+    multi_sgd_update,
+    update_scale_,
+)
+from .launch import REALS, Kernel
+
+THREADS, CHUNK = 256, 16384  # of a block, as in multi_tensor.cu
+
+FOUND_NONFINITE, SGD, ADAM, UPDATE_SCALE = (
+    Kernel("multi_tensor.cu", name) for name in ("found_nonfinite", "multi_sgd", "multi_adam", "update_scale")
+)
+
+_layouts: dict[tuple, tuple[Any, Any]] = {}
+
+
+def _layout(arrays, device):
+    """The chunks (count, 2) of arrays, each as its array's number and its own, and the arrays' sizes: on the device,
+    where they are kept for good, as a recorded launch may read them later."""
+    sizes = tuple(a.size for a in arrays)
+    if (sizes, device) not in _layouts:
+        chunks = [(which, chunk) for which, size in enumerate(sizes) for chunk in range(-(-size // CHUNK))]
+        tables = np.array(chunks, np.int32).reshape(-1, 2), np.array(sizes, np.int64)
+        _layouts[sizes, device] = tuple(to_device(table, device) for table in tables)
+    return _layouts[sizes, device]
+
+
+def _flat(*lists):
+    """Whether these are (n,) arrays of one dtype, not all empty, and those of one place of one size; or None."""
+    arrays = [a for held in lists for a in held if a is not None]
+    sizes = (len({a.size for a in held if a is not None}) == 1 for held in zip(*lists, strict=True))
+    alike = any(a.size for a in arrays) and all(
+        a.dtype == arrays[0].dtype and a.ndim == 1 and a.flags.c_contiguous for a in arrays
+    )
+    return alike and all(sizes) and arrays[0].dtype in REALS
+
+
+def _numbers(control, hyper, columns, found):
+    fits = control.dtype == hyper.dtype == np.float64 and control.shape == (5,) and hyper.shape[1:] == (len(columns),)
+    return fits and _flag(found)
+
+
+def _flag(found):
+    return found is None or (found.dtype == np.int32 and found.shape == (1,))
+
+
+def _copies_fit(copies, data):
+    if copies is None:
+        return True
+    plain = all(c.dtype == np.float16 and c.ndim == 1 and c.flags.c_contiguous for c in copies)
+    return plain and [c.size for c in copies] == [w.size for w in data]
+
+
+def _run(kernel, control, hyper, data, *lists, copies, found):
+    chunks, sizes = _layout(data, device_of(control))
+    kernel((len(chunks),), (THREADS,), chunks, sizes, data, *lists, copies, hyper, control, found)
+
+
+@found_nonfinite_.variant("cuda", device="cuda", supports=lambda grads, found: _flat(grads) and _flag(found))
+def found_nonfinite_cuda(grads, found):
+    """one launch for all, which reads each gradient once"""
+    chunks, sizes = _layout(grads, device_of(found))
+    FOUND_NONFINITE((len(chunks),), (THREADS,), chunks, sizes, grads, found)
+
+
+def _able_sgd(control, hyper, data, grads, momentum_buffers, copies=None, found=None):
+    return (
+        _numbers(control, hyper, SGD_COLUMNS, found)
+        and _flat(data, grads, momentum_buffers)
+        and _copies_fit(copies, data)
+    )
+
+
+@multi_sgd_update.variant("cuda", device="cuda", supports=_able_sgd)
+def multi_sgd_update_cuda(control, hyper, data, grads, momentum_buffers, copies=None, found=None):
+    """one launch for all: every array is read once and written once"""
+    _run(SGD, control, hyper, data, grads, momentum_buffers, copies=copies, found=found)
+
+
+def _able_adam(control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=None, found=None):
+    held = _flat(data, grads, exp_avgs, exp_avg_sqs)
+    return held and _numbers(control, hyper, ADAM_COLUMNS, found) and _copies_fit(copies, data)
+
+
+@multi_adam_update.variant("cuda", device="cuda", supports=_able_adam)
+def multi_adam_update_cuda(control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=None, found=None):
+    """one launch for all: every array is read once and written once"""
+    _run(ADAM, control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=copies, found=found)
+
+
+@update_scale_.variant("cuda", device="cuda", supports=lambda control, found, *rest, **more: _flag(found))
+def update_scale_cuda(control, found, growth=2.0, backoff=0.5, interval=2000, floor=1.0):
+    """one thread, which asks the host for nothing"""
+    UPDATE_SCALE((1,), (1,), control, found, float(growth), float(backoff), interval, float(floor))
