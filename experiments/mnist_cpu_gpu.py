@@ -59,7 +59,7 @@ kernels of microseconds each, so what Python needs to launch them decides: look 
 as a graph is worth, and at which batch size the GPU's prediction overtakes the CPU's. One image at a time, two copies
 and a dozen launches may cost more than the CPU needs for all of it.
 """
-QUICK = dict(epochs=1, train_images=2048, test_images=512, predict=[1, 16, 128], seconds=0.02)
+QUICK = dict(epochs=1, batch=32, train_images=2048, test_images=512, predict=[1, 16, 128], seconds=0.02)
 FIRST = 5  # steps whose losses are compared; the emulator takes no more
 LOSSES = {"fp32": 2e-3, "fp16": 2e-2}  # relative difference that is allowed of each of them
 
@@ -372,7 +372,7 @@ def report(args, rows, skipped, data):
     about = (
         f"{plural(args.epochs, 'epoch')} of {len(data.train):,} images of {data.name}; predict N: N images from the "
         f"host's memory to classes in it. losses: largest relative difference of the first {FIRST} steps from the "
-        f"reference's. In brackets: the emulator's time for {FIRST} steps, which says nothing about a GPU."
+        f"reference's. In brackets: the time of {FIRST} steps; the emulator's says nothing about a GPU."
     )
     console.print(Text(about, "dim"))
 
@@ -410,7 +410,7 @@ def draw(rows, data, path):
         rates = [count / each for count, each in zip(counts, seconds, strict=True)]
         speeds.plot(counts, rates, marker="o", markersize=4, linewidth=2, color=colours[name], label=name)
     times.set_title("training, s, and accuracy", loc="left", fontsize=11)
-    held.set_title("peak memory, MB, and energy where it can be read", loc="left", fontsize=11)
+    held.set_title("peak memory, MB; energy, J", loc="left", fontsize=11)
     speeds.set_title("prediction, images/s, by images at a time", loc="left", fontsize=11)
     speeds.set_xscale("log", base=2)
     speeds.set_yscale("log")

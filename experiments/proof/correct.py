@@ -1,0 +1,162 @@
+"""Do the kernels compute what they should? Against the reference in float64, and against the emulator."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import nanocnn.kernels  # noqa: F401  (which registers all variants)
+from nanocnn.bench import in_float64, outputs
+from nanocnn.kernels import dispatch
+from nanocnn.kernels.cuda.emulated import counting, library
+from nanocnn.kernels.cuda.source import FOLDER
+from nanocnn.kernels.dispatch import Primitive, Variant, to_device, xp_of
+from nanocnn.traffic import on_emulator
+
+from . import Context, Row, only_on_gpu, section
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = (np.float64, np.float32, np.float16)
+# Largest difference over largest value. Inputs are the same numbers; float16's sums are float32.
+TOLERANCES = {"float16": 2e-3, "float32": 5e-5, "float64": 1e-11}
+FEW = 3  # calls of each variant and dtype in a quick run, of up to 84
+
+Call = tuple[tuple, dict[str, Any]]
+Calls = Callable[[np.random.Generator, Any], Sequence[Call]]
+
+
+def example_calls() -> dict[str, Calls]:
+    """Those of the tests (tests/cases_*.py), whose shapes are odd where they can be."""
+    folder = ROOT / "tests"
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    modules = [importlib.import_module(path.stem) for path in sorted(folder.glob("cases_*.py"))]
+    return {name: calls for module in modules for name, calls in getattr(module, "CASES", {}).items()}
+
+
+def on_device(context: Context) -> Iterator[tuple[Primitive, Variant, str, list[tuple[Call, Call]]]]:
+    """Each CUDA variant and dtype, with its calls: on the CPU, and the same on the device."""
+    cases = example_calls()
+    for p in list(dispatch.primitives.values()):
+        for variant in [v for v in p.variants.values() if v.device == "cuda"]:
+            for dtype in DTYPES:
+                calls: list[Call] = [(tuple(a), k) for a, k in cases[p.name](np.random.default_rng(7), dtype)]
+                pairs = [(call, on_emulator(call, context.device)) for call in calls]
+                able = [(call, there) for call, there in pairs if variant in p.candidates(*there[0], **there[1])]
+                if context.quick:
+                    able = able[:: max(1, len(able) // FEW)][:FEW]
+                if able:
+                    yield p, variant, np.dtype(dtype).name, able
+
+
+@contextmanager
+def poisoned(xp: Any) -> Iterator[None]:
+    """New memory is full of NaN, or of a number that nobody expects: what a kernel does not write is seen."""
+    empty = xp.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        made = empty(*args, **kwargs)
+        made.fill(np.nan if made.dtype.kind == "f" else 119)
+        return made
+
+    xp.empty = filled
+    try:
+        yield
+    finally:
+        xp.empty = empty
+
+
+def difference(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> float:
+    """The largest over the largest value, of the worst pair. Integers are equal, or it is infinite."""
+    if [a.shape for a in got] != [a.shape for a in want]:
+        return np.inf
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if a.dtype.kind != "f":
+            worst = worst if np.array_equal(a, b) else np.inf
+        elif a.size:
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            alike = (a == b) | (np.isnan(a) & np.isnan(b))
+            with np.errstate(invalid="ignore"):
+                apart = np.where(alike, 0.0, np.abs(a - b))
+            scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30)
+            worst = max(worst, float(apart.max() / scale) if np.isfinite(apart).all() else np.inf)
+    return worst
+
+
+@section(seconds=90)
+def kernels(context: Context) -> Iterator[Row]:
+    """each CUDA kernel against the reference in float64: random data, odd shapes, poisoned memory"""
+    xp = xp_of(to_device(np.zeros(1), context.device))
+    watched = counting if context.device == "emulated" else nullcontext  # bounds, races, barriers
+    for p, variant, dtype, pairs in on_device(context):
+        row: Row = dict(kernel=f"{p.name}={variant.name}", dtype=dtype, calls=len(pairs), allowed=TOLERANCES[dtype])
+        try:
+            errors = []
+            for call, (args, kwargs) in pairs:
+                want = outputs(p, p.variants["reference"], *in_float64(*call))
+                with poisoned(xp), watched():
+                    errors.append(difference(outputs(p, variant, args, kwargs), want))
+            yield row | dict(error=max(errors), ok=max(errors) <= TOLERANCES[dtype])
+        except Exception as error:
+            yield row | dict(ok=False, note=f"{type(error).__name__}: {error}")
+
+
+def build_emulator(reals: Sequence[str]) -> None:
+    """Compile all kernels for it at once: one after the other would take minutes."""
+    builds: list[tuple] = [(), *((("REAL", real),) for real in reals)]
+    with ThreadPoolExecutor() as pool:  # each waits for a compiler
+        for file in sorted(FOLDER.glob("*.cu")):
+            for defines in builds:
+                pool.submit(library, file.name, defines, False)
+
+
+@section(seconds=40)
+def emulator(context: Context) -> Iterator[Row]:
+    """the emulator against the hardware: the same kernels on the same numbers"""
+    if not context.on_gpu:
+        yield only_on_gpu("emulator against hardware")
+        return
+    build_emulator(("float", "half"))
+    for p, variant, dtype, pairs in on_device(Context(context.device, quick=True)):
+        if dtype == "float64":
+            continue
+        row: Row = dict(kernel=f"{p.name}={variant.name}", dtype=dtype, calls=len(pairs), allowed=TOLERANCES[dtype])
+        try:
+            errors = []
+            for call, (args, kwargs) in pairs:
+                want = outputs(p, variant, *on_emulator(call))
+                errors.append(difference(outputs(p, variant, args, kwargs), want))
+            yield row | dict(error=max(errors), ok=max(errors) <= TOLERANCES[dtype])
+        except Exception as error:
+            yield row | dict(ok=False, note=f"{type(error).__name__}: {error}")
+
+
+@section(seconds=40)
+def sanitizer(context: Context) -> Iterator[Row]:
+    """NVIDIA's compute-sanitizer over the section `kernels` in its short form: memcheck, racecheck"""
+    if not context.on_gpu:
+        yield only_on_gpu("compute-sanitizer; in `kernels`, the emulator's own checks were on")
+        return
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        yield dict(tool="compute-sanitizer", note="not on this machine: it comes with the CUDA toolkit")
+        return
+    for tool in ("memcheck", "racecheck"):
+        with tempfile.TemporaryDirectory() as folder:
+            script = [sys.executable, str(ROOT / "experiments" / "gpu_proof.py"), "--worker", "kernels", "--quick"]
+            script += ["--device", "cuda", "--out", folder]
+            command = [program, "--tool", tool, "--error-exitcode", "9", *script]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        words = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+        yield dict(tool=tool, ok=done.returncode == 0, note=" ".join(words[-1:]) if done.returncode else "")

@@ -1,0 +1,117 @@
+"""The proof on a GPU: its checks can fail, its sections cannot stop each other, its reports say what happened."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from launch import NEEDS_GXX, ROOT, alone
+
+from nanocnn.kernels import dispatch
+from nanocnn.kernels.dispatch import Primitive, xp_of
+
+sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
+
+import gpu_proof as script
+from proof import Context, correct, sections
+
+EMULATED = Context("emulated", quick=True)
+
+
+@NEEDS_GXX
+def test_sections_run_one_by_one_and_leave_two_reports(tmp_path):
+    words = ["--device", "emulated", "--quick", "--only", "copies", "graph", "--out"]
+    done = alone(ROOT / "experiments" / "gpu_proof.py", *words, tmp_path, timeout=120)
+    assert done.status == 0, done.output
+    told = json.loads((tmp_path / "gpu_proof.json").read_text())
+    assert list(told["sections"]) == ["copies", "graph"]
+    assert told["sections"]["copies"]["rows"] == [{"what": "copies", "note": "needs a GPU"}]
+    (row,) = told["sections"]["graph"]["rows"]
+    assert row["steps"] == 4
+    assert row.get("ok") or "no graph on this device yet" in row["note"]
+    assert told["machine"]["processor"]
+    text = (tmp_path / "gpu_proof.txt").read_text()
+    assert "passed  copies: 1 row" in text
+    assert "== graph: a step as a graph against the same step op by op" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu_proof.json", "gpu_proof.txt"}
+
+
+def test_all_sections_together_take_less_than_nine_minutes():
+    assert sum(section.seconds for section in sections.values()) <= script.BUDGET < 9 * 60
+    assert all(section.about for section in sections.values())
+
+
+def test_a_section_that_fails_or_hangs_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_proof.py", "--device", "emulated", "--out", str(tmp_path)])
+    args = script.arguments()
+    found = script.run(args, "kernels", 0.3)
+    assert (found["rows"], found["wrong"]) == ([], "ended after 0 s, its limit")
+    assert not script.passed(found)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "missing.py"))
+    found = script.run(args, "kernels", 20)
+    assert "ended with status 2: " in found["wrong"]
+    assert "missing.py" in found["wrong"]
+
+
+def test_reports_say_what_failed():
+    good = dict(rows=[dict(a=1, ok=True), dict(b="x", note="why")], wrong="", seconds=1.2, about="good")
+    bad = dict(rows=[dict(a=1.23456, ok=False), dict(a=2.0, ok=True)], wrong="", seconds=3.0, about="bad")
+    cut = dict(rows=[dict(a=1)], wrong="ended after 5 s, its limit", seconds=5.0, about="cut")
+    nothing = dict(rows=[], wrong="", seconds=0.0, about="nothing")
+    assert [script.passed(found) for found in (good, bad, cut, nothing)] == [True, False, False, False]
+    text = script.text_of(dict(good=good, bad=bad, cut=cut), dict(date="today", device="cuda", quick=False))
+    assert "passed  good: 1 of 1 checks passed, 1 row (1 s)" in text
+    assert "FAILED  bad: 1 of 2 checks passed (3 s)" in text
+    assert "FAILED  cut: 1 row, ended after 5 s, its limit (5 s)" in text
+    assert "1.235  NO" in text
+    assert "why" in text
+
+
+def test_differences():
+    x = np.array([1.0, 4.0, np.nan, np.inf])
+    assert correct.difference([x], [x]) == 0
+    assert correct.difference([np.array([1.0, 3.0])], [np.array([1.0, 4.0])]) == 0.25
+    assert correct.difference([np.array([1.0, np.nan])], [np.array([1.0, 4.0])]) == np.inf
+    assert correct.difference([np.array([1, 2])], [np.array([1, 3])]) == np.inf
+    assert correct.difference([np.zeros(2)], [np.zeros(3)]) == np.inf
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """A primitive with three kernels, of which one is right."""
+    primitives = dict(dispatch.primitives)
+
+    @Primitive
+    def planted_double(x):
+        """2 x"""
+        return 2 * x
+
+    @planted_double.variant("right", device="cuda", supports=dispatch.anything)
+    def right(x):
+        return x + x
+
+    @planted_double.variant("wrong", device="cuda", supports=dispatch.anything)
+    def wrong(x):
+        return x + x * x.dtype.type(1.02)
+
+    @planted_double.variant("leaves_one_out", device="cuda", supports=dispatch.anything)
+    def leaves_one_out(x):
+        y = xp_of(x).empty(x.shape, x.dtype)
+        y[:-1] = 2 * x[:-1]
+        return y
+
+    monkeypatch.setattr(dispatch, "primitives", {"planted_double": planted_double})
+    calls = {"planted_double": lambda rng, dtype: [((rng.standard_normal(n).astype(dtype),), {}) for n in (5, 6)]}
+    monkeypatch.setattr(correct, "example_calls", lambda: calls)
+    yield
+    dispatch.primitives = primitives
+
+
+def test_a_wrong_kernel_is_found(planted):
+    rows = list(correct.kernels(EMULATED))
+    assert len(rows) == 9  # of three dtypes
+    for row in rows:
+        assert row["ok"] == (row["kernel"] == "planted_double=right"), row
+    assert next(r["error"] for r in rows if "leaves" in r["kernel"]) == np.inf
