@@ -10,6 +10,7 @@ import numpy as np
 
 from ..epilogue import finish
 from ..matmul import matmul
+from .device import copies_asynchronously
 from .launch import Kernel, aligned, empty, is_aligned
 
 
@@ -75,7 +76,14 @@ STAGES = 3  # pairs of tiles in shared memory, as in gemm_tensor.cu, with rows 8
 TENSOR_SHARED = STAGES * (128 * (32 + 8) + 32 * (128 + 8)) * 2  # bytes
 
 
-@matmul.variant("cuda_tensor", device="cuda", supports=_matrices(np.float16, multiple=8), auto=False)
+_eights = _matrices(np.float16, multiple=8)
+
+
+def _on_tensor_cores(a, b, out=None, **epilogue):
+    return _eights(a, b, out, **epilogue) and copies_asynchronously(a)
+
+
+@matmul.variant("cuda_tensor", device="cuda", supports=_on_tensor_cores, auto=False)
 def matmul_cuda_tensor(a, b, out=None, **epilogue):
-    """tensor cores, fp16 with sums in fp32; asynchronous copies three tiles ahead"""
+    """tensor cores (Ampere or later), fp16 with sums in fp32; asynchronous copies three tiles ahead"""
     return _product(TENSOR, [("n", 128), ("m", 128)], (256,), a, b, out, epilogue, shared=TENSOR_SHARED)
