@@ -379,6 +379,15 @@ def say_how_to_resume(position: Position, comm: Comm) -> None:
         say(f"  {command}")
 
 
+# ------------------------------------------------------------------ memory of GPUs
+
+
+def gpu_memory(comm: Comm) -> int | None:
+    """Bytes that all ranks' pools hold: they keep what they ever needed at once. None where no GPU is used."""
+    pools = [held["pool"] for held in comm.all_gather_object(device_memory.held()) if held]
+    return sum(pools) if pools else None
+
+
 # ------------------------------------------------------------------ profile
 
 

@@ -115,3 +115,55 @@ def forget() -> None:
     """What was found out about the GPU."""
     device.check.cache_clear()
     device._capability.cache_clear()
+
+
+class Stream:
+    """A stream whose GPU reaches what is put into it when `pass_until` says so; its clock is that of a test, in ms."""
+
+    def __init__(self):
+        self.milliseconds = 0.0
+        self.reached = 0.0
+        self.waited = 0
+
+    def event(self) -> Any:
+        stream = self
+
+        class Event:
+            time = 0.0
+
+            @property
+            def done(self) -> bool:
+                return self.time <= stream.reached
+
+            def synchronize(self) -> None:
+                stream.waited += 1
+                stream.reached = max(stream.reached, self.time)
+
+        return Event()
+
+    def record(self, event: Any = None) -> Any:
+        event = event or self.event()
+        event.time = self.milliseconds
+        return event
+
+    def elapsed(self, start: Any, stop: Any) -> float:
+        assert start.done
+        assert stop.done, "CuPy raises cudaErrorNotReady"
+        return stop.time - start.time
+
+
+class Ranges:
+    """`cupy.cuda.nvtx`"""
+
+    available = True
+
+    def __init__(self):
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def RangePush(self, message: str, id_color: int = -1) -> None:
+        self.open.append(message)
+        self.seen.append("/".join(self.open))
+
+    def RangePop(self) -> None:
+        self.open.pop()
