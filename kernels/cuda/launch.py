@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import emulated
-from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, signatures
+from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, path_of, signatures
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
 PLAIN_SHARED = 48 << 10  # bytes that a block may have without asking for more
@@ -26,10 +27,14 @@ MOST_THREADS = 1024  # of a block, on every GPU
 
 
 class Kernel:
-    """One kernel of one file, with the macros that it is compiled with."""
+    """One kernel of one file, with the macros that it is compiled with.
 
-    def __init__(self, file: str, name: str, **defines: Any):
-        self.file, self.name, self.defines = file, name, defines
+    A file of this folder goes by its name, one of your own by its whole path: Kernel("/home/me/mine.cu", "mine"). When
+    it was edited, make a new Kernel of it.
+    """
+
+    def __init__(self, file: str | Path, name: str, **defines: Any):
+        self.file, self.name, self.defines = str(file), name, defines
         self._compiled: dict[tuple, Any] = {}  # for the GPU, by their macros
 
     @cached_property
@@ -74,8 +79,14 @@ class Kernel:
         import cupy
 
         if defines not in self._compiled:
-            options = ("-std=c++17", f"-I{FOLDER}", *(f"-D{name}={value}" for name, value in defines))
-            module = cupy.RawModule(code=(FOLDER / self.file).read_text(), options=options)
+            path = path_of(self.file)
+            options = (
+                "-std=c++17",
+                f"-I{path.parent}",
+                f"-I{FOLDER}",
+                *(f"-D{name}={value}" for name, value in defines),
+            )
+            module = cupy.RawModule(code=path.read_text(), options=options)
             self._compiled[defines] = module.get_function(self.name)
         kernel = self._compiled[defines]
         if shared > PLAIN_SHARED:
