@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -267,6 +269,35 @@ def test_a_source_that_does_not_compile(monkeypatch, tmp_path):
     with pytest.raises(KernelError, match=r"(?s)wrong.cu does not compile:.*wrong.cu:2:.*y. was not declared"):
         Kernel(str(wrong), "wrong")((1,), (1,), emulated(np.zeros(1)))
     assert not list(tmp_path.glob("emulated/wrong*"))
+
+
+def test_a_file_of_ones_own_that_is_edited(tmp_path):
+    """By its whole path, with a header beside it; what was edited is compiled anew."""
+    mine, header, x = tmp_path / "mine.cu", tmp_path / "mine.cuh", emulated(np.zeros(2))
+    takes = 'extern "C" __global__ void fill(float* x{}) {{ x[threadIdx.x] = VALUE; }}\n'
+
+    def write(value, more=""):
+        header.write_text(f"#define VALUE {value}\n")
+        mine.write_text('#include "ptx.cuh"\n#include "mine.cuh"\n' + takes.format(more))
+        os.utime(mine, ns=(0, next(moments)))  # some file systems count time in steps longer than this test
+
+    moments = itertools.count(1_000_000_000)
+    write(3)
+    fill = Kernel(mine, "fill")
+    fill((1,), (2,), x)
+    assert list(x) == [3, 3]
+    write(4)
+    fill((1,), (2,), x)
+    assert list(x) == [4, 4]
+    write(5, ", int n")
+    with pytest.raises(
+        KernelError, match=r"mine\.cu was edited, and fill takes other arguments now: make a new Kernel"
+    ):
+        fill((1,), (2,), x)
+    Kernel(mine, "fill")((1,), (2,), x, 1)
+    assert list(x) == [5, 5]
+    with pytest.raises(FileNotFoundError, match=r"no .*other\.cu; a \.cu file of your own is named by its whole path"):
+        Kernel("other.cu", "fill")((1,), (2,), x)
 
 
 # ------------------------------------------------------------------ what the documentation shows
