@@ -9,6 +9,7 @@ kernel's arrays: a kernel whose parameters say `real*` is compiled for the dtype
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,20 @@ from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import emulated
-from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, macros, path_of, signatures
+from .source import (
+    ARRAYS,
+    FOLDER,
+    NUMBERS,
+    REAL,
+    SUM,
+    Parameter,
+    Signature,
+    each_array,
+    macros,
+    path_of,
+    signatures,
+    with_includes,
+)
 from .tunable import Tunable
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
@@ -103,12 +117,10 @@ class Kernel:
 
         if defines not in self._compiled:
             path = path_of(self.file)
-            options = (
-                "-std=c++17",
-                f"-I{path.parent}",
-                f"-I{FOLDER}",
-                *(f"-D{name}={value}" for name, value in defines),
-            )
+            # CuPy finds what it has compiled by source and options, and does not look into what is included.
+            version = hashlib.sha256(with_includes(self.file).encode()).hexdigest()[:16]
+            named = *(f"-D{name}={value}" for name, value in defines), f"-DSOURCES_{version}"
+            options = ("-std=c++17", f"-I{path.parent}", f"-I{FOLDER}", *named)
             module = cupy.RawModule(code=path.read_text(), options=options)
             self._compiled[defines] = module.get_function(self.name)
         kernel = self._compiled[defines]
