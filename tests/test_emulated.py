@@ -262,6 +262,22 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     assert list(tmp_path.glob("nanocnn-*/emulated/planted-*.so"))
 
 
+def test_shared_memory_that_nobody_would_watch(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path))
+    wrong = tmp_path / "wrong.cu"
+    body = "{{ if (x[0] > 0) {{ x[0] = 1; }} {} x[1] = 2; }}\n"
+    end = 'extern "C" __global__ void wrong(float* x) { '
+    template = "template <int N>\n__device__ __forceinline__ void tile(float* x) "
+    wrong.write_text(f'#include "ptx.cuh"\n{template}{body.format("__shared__ float y[N];")}{end}tile<4>(x); }}\n')
+    with pytest.raises(KernelError, match=r"wrong.cu: the template tile has __shared__ memory of its own"):
+        Kernel(str(wrong), "wrong")((1,), (1,), emulated(np.zeros(2)))
+    fine = tmp_path / "fine.cu"
+    fine.write_text(
+        f'#include "ptx.cuh"\n{template}{body.format("")}{end}__shared__ float y[4]; y[0] = 1; tile<4>(x); }}\n'
+    )
+    Kernel(str(fine), "wrong")((1,), (1,), emulated(np.zeros(2)))
+
+
 def test_a_source_that_does_not_compile(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path))
     wrong = tmp_path / "wrong.cu"

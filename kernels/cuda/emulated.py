@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from ..dispatch import DeviceError
-from .source import FOLDER, Signature, each_array, edited, signatures, with_includes
+from .source import FOLDER, Signature, each_array, edited, shared_in_a_template, signatures, with_includes
 
 GUARD = 4096  # bytes on each side of an array while its accesses are checked, that belong to no array
 OLDEST = 12  # version of g++ that knows _Float16 in C++
@@ -109,6 +109,11 @@ def _built(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> Pa
     watching = ["-fsanitize=thread", "-fsanitize=bounds"] * watched  # not for the linker, which would bring sanitizers
 
     def make(out: Path) -> None:
+        if name := shared_in_a_template(file):  # g++ would put it where nobody watches, and say nothing
+            raise KernelError(
+                f"{Path(file).name}: the template {name} has __shared__ memory of its own, which the emulator cannot "
+                "watch; declare it in the kernel and pass it"
+            )
         calls = out.with_suffix(".cpp")
         calls.write_text(f'#include "{file}"\n' + "\n".join(map(_call, signatures(file).values())))
         _compile(calls, out.with_suffix(".o"), [*options, *macros, *watching], file)

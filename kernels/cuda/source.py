@@ -25,6 +25,7 @@ KERNEL = re.compile(
 )
 INCLUDE = re.compile(r'^#include "([\w.]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*")
+TEMPLATE = re.compile(r"^template\s*<[^{;]*?(\w+)\([^{;]*\{", re.M)  # of a function
 MACRO = re.compile(r"^#define (\w+) +([\w\s()+*/-]+?)\s*(?://.*)?$", re.M)  # a number, or made of other macros
 
 # What a pointer may point to, and which numbers may be given where C++ has a number.
@@ -149,3 +150,16 @@ def with_includes(file: str) -> str:
     text = path.read_text()
     beside = (path.parent / name for name in INCLUDE.findall(text))
     return text + "".join(with_includes(str(p) if p.exists() else p.name) for p in beside)
+
+
+def shared_in_a_template(file: str) -> str | None:
+    """The name of a template of the file, or of what it includes, that has `__shared__` memory of its own."""
+    text = COMMENT.sub("", with_includes(file))
+    for found in TEMPLATE.finditer(text):
+        end, depth = found.end(), 1
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if "__shared__" in text[found.end() : end]:
+            return found[1]
+    return None
