@@ -157,6 +157,7 @@ def train(args, comm, name="AlexNet", make=make_alexnet):
                 lr=learning_rate(position.step - 1),
                 **scaler.figures(),
                 memory=sum(comm.all_gather_object(peak_memory())),
+                gpu_memory=common.gpu_memory(comm),
                 seconds=position.seconds,
             )
             position.next_epoch()

@@ -18,6 +18,8 @@ import nanocnn as nc
 from nanocnn.checkpoint import CheckpointError
 from nanocnn.data import Augment, Batch, DataError, DataSet, Loader
 from nanocnn.kernels import threads, tuned
+from nanocnn.kernels.cuda import device as gpu
+from nanocnn.kernels.cuda import device_memory, emulated
 from nanocnn.kernels.dispatch import DEVICES, ChoiceError, DeviceError, choices_in_force, parse_use, primitives
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
@@ -201,7 +203,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.loss_scale and precision.value != "fp16":
         parser.error(f"--loss-scale {args.loss_scale}: gradients of float32 need none; add --use precision=fp16")
     try:
-        nc.Tensor([0.0]).to(args.device)
+        {"cpu": lambda: None, "cuda": gpu.check, "emulated": emulated.compiler}[args.device]()
     except DeviceError as error:
         parser.error(f"--device {args.device}: {error}")
     if args.device != "cpu" and launch is not None and launch.size != 1:
@@ -352,7 +354,10 @@ def _help(args: argparse.Namespace, model: nc.nn.Module, batch: Batch, choices: 
 # ------------------------------------------------------------------ errors
 
 # Errors whose message says all that there is to say: a traceback would only hide it.
-PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, NonFiniteGradient, NonFiniteLoss, RecordError, RunExists)
+PLAIN_ERRORS: tuple[type[Exception], ...]
+PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, DeviceError, NonFiniteGradient, NonFiniteLoss)
+PLAIN_ERRORS += (RecordError, RunExists)
+PLAIN_ERRORS += (MemoryError,)  # to which shortage() adds who asked, and what takes less
 
 
 def connect() -> Comm:
@@ -384,7 +389,8 @@ def plain_errors(comm: Comm) -> Iterator[None]:
         if comm.rank:
             time.sleep(1)
         who = f"rank {comm.rank}: " if comm.size > 1 else ""
-        print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        words = device_memory.shortage(error) if isinstance(error, MemoryError) else error
+        print(f"{who}{type(error).__name__}: {words}", file=sys.stderr, flush=True)
         comm.abort(1)
 
 
@@ -396,6 +402,15 @@ def say_how_to_resume(position: Position, comm: Comm) -> None:
             command = f"mpiexec -n {comm.size} {command}"
         say(f"stopped in epoch {position.epoch + 1} after {position.step} steps, with a checkpoint. To go on:")
         say(f"  {command}")
+
+
+# ------------------------------------------------------------------ memory of GPUs
+
+
+def gpu_memory(comm: Comm) -> int | None:
+    """Bytes that all ranks' pools hold: they keep what they ever needed at once. None where no GPU is used."""
+    pools = [held["pool"] for held in comm.all_gather_object(device_memory.held()) if held]
+    return sum(pools) if pools else None
 
 
 # ------------------------------------------------------------------ profile

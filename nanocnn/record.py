@@ -91,7 +91,8 @@ class Run:
 
         Figures by name: `loss`, `train_accuracy`, `val_loss`, `val_accuracy`, `test_loss`, `test_accuracy` (0 to 1),
         `images_per_second`, `communication` (its share of the time, 0 to 1), `lr`, `seconds`, `memory` (bytes; this
-        process's peak unless given). Others are recorded too, and None is left out.
+        process's peak unless given), `gpu_memory` (bytes that pools on GPUs hold). Others are recorded too, and None is
+        left out.
         """
         if not self.active:
             return

@@ -193,8 +193,7 @@ class Tensor:
                 gxs: Any = (None,) * len(op.needs)
             else:
                 op._arrived = grads
-                recorder = dispatch.recorder
-                gxs = op.backward(gy) if recorder is None else recorder.op(op, "backward", op.backward, (gy,), {})
+                gxs = _run(op, "backward", op.backward, (gy,), {})
                 gxs = gxs if isinstance(gxs, tuple) else (gxs,)
             op.free()
             for x, gx in zip(op.inputs, gxs, strict=True):
@@ -248,13 +247,10 @@ class Op:
                 break
         tensors = [x if isinstance(x, Tensor) else as_tensor(x, like) for x in inputs]
         op.needs = tuple([_grad_enabled and x.requires_grad for x in tensors])
-        arrays, recorder = [x.data for x in tensors], dispatch.recorder
+        arrays = tuple([x.data for x in tensors])
         if len({type(a) for a in arrays}) > 1:
             dispatch.demand_one_device(cls.__name__, arrays)
-        if recorder is None:
-            y = Tensor(op.forward(*arrays, **parameters))
-        else:
-            y = Tensor(recorder.op(op, "forward", op.forward, tuple(arrays), parameters))
+        y = Tensor(_run(op, "forward", op.forward, arrays, parameters))
         if any(op.needs):
             op.inputs = tuple(
                 Input(x.node, x if x.node is None else None, x.shape, x.dtype) if needed else None
@@ -296,6 +292,20 @@ class Op:
 
     def backward(self, gy: Any) -> Any:
         raise TypeError(f"{type(self).__name__} defines no backward()")
+
+
+def _run(op: Op, kind: str, function: Callable[..., Any], arrays: tuple, parameters: dict[str, Any]) -> Any:
+    """An op's forward or backward; an error for want of memory gets a note that says whose it was."""
+    recorder = dispatch.recorder
+    try:
+        if recorder is None:
+            return function(*arrays, **parameters)
+        return recorder.op(op, kind, function, arrays, parameters)
+    except MemoryError as error:
+        layer = op.layer or (_layers[-1] if _layers else "")
+        call = f"{type(op).__name__}.{kind}({dispatch.describe(arrays, parameters)})"
+        error.add_note(f"{call} of {layer}" if layer else call)
+        raise
 
 
 _layers: list[str] = []  # names of the modules being run, outermost first; filled by nn.Module while a profile records

@@ -99,4 +99,3 @@ def test_a_script_says_what_a_device_lacks():
     assert outcome.status == 2
     assert "--device cuda: cannot use the device 'cuda'" in outcome.output
     assert "pip install" in outcome.output
-    assert "'nanocnn[cuda13]'" in outcome.output

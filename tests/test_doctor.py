@@ -41,6 +41,7 @@ def facts(here):
     )
     facts["mpi"].update(mpiexec_family="MPICH", library_family="MPICH")
     facts["gpu"] = dict(cuda="13.0", names=["NVIDIA H200"], cupy="14.2.0", cupy_works=True, cupy_error=None)
+    facts["emulator"] = dict(compiler="/usr/bin/g++", error=None)
     facts["disk"] = dict(folder="/home/me", free=100 << 30, writable=True)
     facts["data"] = dict(cifar10="data/cifar-10-batches-py", mnist=None, error=None)
     return facts
@@ -134,6 +135,8 @@ def test_a_machine_on_which_all_is_well(facts):
             "note",
             "InsufficientDriver",
         ),
+        ("emulator", {"emulator": {"error": "no g++: apt-get install g++"}}, "missing", "apt-get install g++"),
+        ("simulator", {"environment": {"NUMBA_ENABLE_CUDASIM": "1"}}, "note", "unset NUMBA_ENABLE_CUDASIM"),
         ("TensorBoard", {"versions": {"tensorboard": None}}, "missing", "install tensorboard"),
         ("disk", {"disk": {"writable": False}}, "broken", "nothing can be written"),
         ("disk", {"disk": {"free": 50 << 20}}, "broken", "du -sh runs"),
@@ -208,6 +211,13 @@ def test_writable_is_found_by_writing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     assert not machine._writable(tmp_path / "file" / "below")
+
+
+def test_the_emulators_compiler_is_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    facts = machine._emulator()
+    assert facts["compiler"] is None
+    assert "apt-get install g++" in facts["error"]
 
 
 def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -260,6 +262,22 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     assert list(tmp_path.glob("nanocnn-*/emulated/planted-*.so"))
 
 
+def test_shared_memory_that_nobody_would_watch(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path))
+    wrong = tmp_path / "wrong.cu"
+    body = "{{ if (x[0] > 0) {{ x[0] = 1; }} {} x[1] = 2; }}\n"
+    end = 'extern "C" __global__ void wrong(float* x) { '
+    template = "template <int N>\n__device__ __forceinline__ void tile(float* x) "
+    wrong.write_text(f'#include "ptx.cuh"\n{template}{body.format("__shared__ float y[N];")}{end}tile<4>(x); }}\n')
+    with pytest.raises(KernelError, match=r"wrong.cu: the template tile has __shared__ memory of its own"):
+        Kernel(str(wrong), "wrong")((1,), (1,), emulated(np.zeros(2)))
+    fine = tmp_path / "fine.cu"
+    fine.write_text(
+        f'#include "ptx.cuh"\n{template}{body.format("")}{end}__shared__ float y[4]; y[0] = 1; tile<4>(x); }}\n'
+    )
+    Kernel(str(fine), "wrong")((1,), (1,), emulated(np.zeros(2)))
+
+
 def test_a_source_that_does_not_compile(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path))
     wrong = tmp_path / "wrong.cu"
@@ -269,12 +287,43 @@ def test_a_source_that_does_not_compile(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("emulated/wrong*"))
 
 
+def test_a_file_of_ones_own_that_is_edited(tmp_path):
+    """By its whole path, with a header beside it; what was edited is compiled anew."""
+    mine, header, x = tmp_path / "mine.cu", tmp_path / "mine.cuh", emulated(np.zeros(2))
+    takes = 'extern "C" __global__ void fill(float* x{}) {{ x[threadIdx.x] = VALUE; }}\n'
+
+    def write(value, more=""):
+        header.write_text(f"#define VALUE {value}\n")
+        mine.write_text('#include "ptx.cuh"\n#include "mine.cuh"\n' + takes.format(more))
+        os.utime(mine, ns=(0, next(moments)))  # some file systems count time in steps longer than this test
+
+    moments = itertools.count(1_000_000_000)
+    write(3)
+    fill = Kernel(mine, "fill")
+    fill((1,), (2,), x)
+    assert list(x) == [3, 3]
+    write(4)
+    fill((1,), (2,), x)
+    assert list(x) == [4, 4]
+    write(5, ", int n")
+    with pytest.raises(
+        KernelError, match=r"mine\.cu was edited, and fill takes other arguments now: make a new Kernel"
+    ):
+        fill((1,), (2,), x)
+    Kernel(mine, "fill")((1,), (2,), x, 1)
+    assert list(x) == [5, 5]
+    with pytest.raises(FileNotFoundError, match=r"no .*other\.cu; a \.cu file of your own is named by its whole path"):
+        Kernel("other.cu", "fill")((1,), (2,), x)
+
+
 # ------------------------------------------------------------------ what the documentation shows
 
 
-def test_the_example_of_the_page_prints_what_it_shows():
+def test_examples_of_the_page_print_what_they_show():
     page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
-    code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.S).groups()
-    outcome = alone("-c", code, timeout=120)
-    assert outcome.status == 0, outcome.output
-    assert outcome.output == shown
+    examples = re.findall(r"```python\n([^`]*)```\n\n```text\n([^`]*)```", page)
+    assert len(examples) == 2
+    for code, shown in examples:
+        outcome = alone("-c", code, timeout=120)
+        assert outcome.status == 0, outcome.output
+        assert outcome.output == shown

@@ -8,11 +8,15 @@ import time
 
 import numpy as np
 import pytest
+from launch import NEEDS_GXX
 from rich.console import Console
+from stand_in import Array, Ranges, Stream, forget, stand_in
 
 from nanocnn import tensor
 from nanocnn.kernels import dispatch
-from nanocnn.kernels.dispatch import Primitive, span
+from nanocnn.kernels.cuda import device
+from nanocnn.kernels.dispatch import Primitive, anything, span
+from nanocnn.kernels.elementwise import relu
 from nanocnn.profile import OUTSIDE, Profile, merge_traces, profile
 from nanocnn.tensor import Op, Tensor
 
@@ -392,3 +396,90 @@ def test_rows_are_json(kernels):
     with profile() as p:
         kernels[0](x)
     assert json.loads(json.dumps(p.rows())) == p.rows()
+
+
+# ---------------------------------------------------------------- on a device
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    cupy = stand_in(monkeypatch, tmp_path)
+    cupy.stream = Stream()
+    cupy.cuda.Event, cupy.cuda.get_elapsed_time = cupy.stream.event, cupy.stream.elapsed
+    cupy.cuda.get_current_stream = lambda: cupy.stream
+    cupy.cuda.nvtx = Ranges()
+    yield cupy
+    forget()
+
+
+def test_kernels_are_timed_by_events_and_nobody_waits_inside(gpu, kernels, clock):
+    device.check()
+    outer, inner = kernels
+    stream = gpu.stream
+
+    def inner_on_the_gpu(x):
+        clock(0.001)  # of the host, to launch it
+        stream.milliseconds += 7.0
+        return x
+
+    def outer_on_the_gpu(x):
+        stream.milliseconds += 4.0
+        y = inner(inner(x))
+        stream.milliseconds += 1.0
+        return y
+
+    outer.variant("cuda", device="cuda", supports=anything)(outer_on_the_gpu)
+    inner.variant("cuda", device="cuda", supports=anything)(inner_on_the_gpu)
+    p = Profile()
+    with p:
+        for _ in range(3):
+            with span("conv1", "layer"):
+                outer(Array((4,)))
+                stream.milliseconds += 2.0  # between layers
+        assert stream.waited == 0
+    assert stream.waited == 1
+    rows = p.rows()
+    found = {(r["name"], r["variant"]): r for r in rows["kernels"]}
+    inner_row, outer_row = found["prof_inner", "cuda"], found["prof_outer", "cuda"]
+    assert inner_row["device_ms"] == pytest.approx(42.0)
+    assert inner_row["ms"] == pytest.approx(6.0)
+    assert outer_row["device_ms"] == pytest.approx(15.0)  # without the inner ones
+    assert outer_row["gflops_per_s"] == pytest.approx(12 / 0.057)  # with them; by the GPU's time
+    assert [r["device_ms"] for r in rows["kinds"] if r["name"] == "forward"] == pytest.approx([57.0])
+    assert [(r["name"], r["device_ms"]) for r in rows["layers"]] == [("conv1", pytest.approx(57.0))]
+    assert rows["memory"] == dict(peak=60 * 10**9, pool=70 * 10**9, total=80 * 10**9)
+    console = Console(file=io.StringIO(), width=120)
+    p.print(console)
+    text = console.file.getvalue()
+    assert "GPU ms" in text
+    assert "60.00 GB in arrays at most; the pool took 70.00 GB of 80.00 GB (14.3% in gaps)" in text
+    assert gpu.cuda.nvtx.seen[:3] == ["conv1", "conv1/prof_outer", "conv1/prof_outer/prof_inner"]
+    assert not gpu.cuda.nvtx.open
+
+
+def test_a_long_profile_reads_events_on_the_way_and_uses_them_again(gpu, kernels, monkeypatch):
+    monkeypatch.setattr("nanocnn.profile_on_device.KEPT", 8)
+    made = []
+    gpu.cuda.Event = lambda: made.append(gpu.stream.event()) or made[-1]
+    device.check()
+    p = Profile()
+    with p:
+        for _ in range(50):
+            kernels[1](Array((4,)))
+            gpu.stream.milliseconds += 1.0
+            gpu.stream.reached = gpu.stream.milliseconds - 3.0  # the GPU is 3 ms behind
+        assert gpu.stream.waited == 0
+    assert len(made) < 30
+    assert sum(r["calls"] for r in p.rows()["kernels"]) == 50
+
+
+@NEEDS_GXX
+def test_the_emulators_time_is_called_so():
+    x = dispatch.to_device(np.ones((4, 4), np.float32), "emulated")
+    with Profile() as p:
+        relu(x)
+    console = Console(file=io.StringIO(), width=200)
+    p.print(console)
+    assert "the emulator's, on the CPU" in console.file.getvalue()
+    assert "GPU ms" not in console.file.getvalue()
+    assert p.rows()["memory"] is None

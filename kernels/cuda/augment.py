@@ -8,10 +8,16 @@ from ..augment import STREAM, augment
 from .im2col import MOST_Y
 from .launch import REALS, Kernel, contiguous, empty
 from .reduce import sums_dtype
+from .source import macros
+from .tunable import Tunable
 
-THREADS = 256  # of a block, as in augment.cu
+VALUES = Tunable(
+    "eight warps, for whose values two threads draw: larger blocks draw less often, smaller ones balance better",
+    macros("augment.cu", "THREADS"),
+    *(dict(THREADS=n) for n in (128, 512, 1024)),
+)
 
-AUGMENT = Kernel("augment.cu", "augment")
+AUGMENT = Kernel("augment.cu", "augment", VALUES)
 
 
 def _bytes_and_samples(images, samples, scale, shift, *args, out=None):
@@ -19,7 +25,7 @@ def _bytes_and_samples(images, samples, scale, shift, *args, out=None):
     fits = images.dtype == np.uint8 and images.ndim == 4 and samples.dtype.kind in "iu" and bool(samples.size)
     to = like.dtype in REALS and (out is None or out.flags.c_contiguous)
     numbers = scale.dtype == shift.dtype == sums_dtype(like) and scale.shape == shift.shape == images.shape[3:]
-    return fits and to and numbers and 0 < images[:1].size <= MOST_Y * THREADS
+    return fits and to and numbers and 0 < images[:1].size <= MOST_Y * VALUES["THREADS"]
 
 
 @augment.variant("cuda", device="cuda", supports=_bytes_and_samples)
@@ -29,6 +35,7 @@ def augment_cuda(images, samples, scale, shift, pad, flip, cutout, seed, epoch, 
     x = empty(images, (samples.size, *images.shape[1:]), scale.dtype) if out is None else out
     given = contiguous(images), contiguous(samples.astype(np.int64, copy=False)), contiguous(scale), contiguous(shift)
     words = (word & 0xFFFFFFFF for word in (epoch, STREAM, seed, seed >> 32))
-    grid = samples.size, -(-size // THREADS)
-    AUGMENT(grid, (THREADS,), *given, x, *images.shape[1:], pad, bool(flip), cutout, *words)
+    threads = VALUES["THREADS"]
+    grid = samples.size, -(-size // threads)
+    AUGMENT(grid, (threads,), *given, x, *images.shape[1:], pad, bool(flip), cutout, *words)
     return x

@@ -13,6 +13,7 @@ import numpy as np
 from ..conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from ..epilogue import finish
 from ..im2col import output_shape
+from .device import copies_asynchronously
 from .im2col import BIGGEST, geometry
 from .launch import MOST_Y, Kernel, aligned, contiguous, empty, is_aligned, one_each, reals
 from .reduce import sums_dtype
@@ -342,7 +343,8 @@ TENSOR, GRAD_W_TENSOR = (Kernel("conv2d_tensor.cu", f"conv2d_{name}tensor", STAG
 
 
 def _eights(x, w, *rest, **epilogue):
-    return _divides(8, x.dtype, rest[-1], x.shape[-1], w.shape[-1]) and _forward(x, w, *rest, **epilogue)
+    fits = _divides(8, x.dtype, rest[-1], x.shape[-1], w.shape[-1]) and _forward(x, w, *rest, **epilogue)
+    return fits and copies_asynchronously(x)
 
 
 def _run_tensor(x, w, y, stride, padding, dilation, bias=None, residual=None, relu=False):
@@ -358,14 +360,14 @@ def _run_tensor(x, w, y, stride, padding, dilation, bias=None, residual=None, re
 
 @conv2d.variant("cuda_tensor", device="cuda", supports=_eights)
 def conv2d_cuda_tensor(x, w, stride, padding, dilation, groups, *, bias=None, residual=None, relu=False):
-    """tensor cores, fp16 with sums in fp32; asynchronous copies, which write zeros for pixels outside"""
+    """tensor cores (Ampere or later), fp16, sums in fp32; asynchronous copies, which write zeros for pixels outside"""
     y = empty(x, (*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]))
     _run_tensor(x, w, y, stride, padding, dilation, bias, residual, relu)
     return y
 
 
 def _eights_x(*args, **residual):
-    return _turns(8, *args, **residual)
+    return copies_asynchronously(args[0]) and _turns(8, *args, **residual)
 
 
 @conv2d_grad_x.variant("cuda_tensor", device="cuda", supports=_eights_x)
@@ -375,7 +377,8 @@ def conv2d_grad_x_cuda_tensor(gy, w, x_shape, stride, padding, dilation, groups,
 
 
 def _eights_w(gy, x, *rest, **out):
-    return _divides(8, x.dtype, rest[-1], x.shape[-1], gy.shape[-1]) and _backward_w(gy, x, *rest, **out)
+    fits = _divides(8, x.dtype, rest[-1], x.shape[-1], gy.shape[-1]) and _backward_w(gy, x, *rest, **out)
+    return fits and copies_asynchronously(x)
 
 
 @conv2d_grad_w.variant("cuda_tensor", device="cuda", supports=_eights_w)

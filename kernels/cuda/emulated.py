@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from ..dispatch import DeviceError
-from .source import FOLDER, Signature, each_array, signatures, with_includes
+from .source import FOLDER, Signature, each_array, edited, shared_in_a_template, signatures, with_includes
 
 GUARD = 4096  # bytes on each side of an array while its accesses are checked, that belong to no array
 OLDEST = 12  # version of g++ that knows _Float16 in C++
@@ -81,13 +81,18 @@ def cache_folder() -> Path:
 
 
 FLAGS = ("-std=c++17", "-fPIC", "-w", "-fvisibility=hidden", "-march=native", f"-I{FOLDER}")
-# Checked, a kernel keeps its loads and stores as they are written: -O1, and a line for each.
-WATCHED = ("-O1", "-fno-tree-sink", "-g", "-DWATCHED")  # (sinking moves a load behind a branch)
+# Checked, a kernel keeps its loads and stores as they are written: -O1, and a line for each. Sinking would move a load
+# behind a branch; of DWARF 5 some versions of addr2line mistake a source's first file.
+WATCHED = ("-O1", "-fno-tree-sink", "-gdwarf-4", "-DWATCHED")
+
+
+def library(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> ctypes.CDLL:
+    """A .cu file as a shared library; compiled if the cache has none of the same sources and options."""
+    return _library(file, edited(file), defines, watched)
 
 
 @cache
-def library(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> ctypes.CDLL:
-    """A .cu file as a shared library; compiled if the cache has none of the same sources and options."""
+def _library(file: str, edited: int, defines: tuple[tuple[str, Any], ...], watched: bool) -> ctypes.CDLL:
     path = _built(file, defines, watched)
     found = ctypes.CDLL(str(path))
     found.emulator_launch.restype = ctypes.c_char_p
@@ -104,6 +109,11 @@ def _built(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> Pa
     watching = ["-fsanitize=thread", "-fsanitize=bounds"] * watched  # not for the linker, which would bring sanitizers
 
     def make(out: Path) -> None:
+        if name := shared_in_a_template(file):  # g++ would put it where nobody watches, and say nothing
+            raise KernelError(
+                f"{Path(file).name}: the template {name} has __shared__ memory of its own, which the emulator cannot "
+                "watch; declare it in the kernel and pass it"
+            )
         calls = out.with_suffix(".cpp")
         calls.write_text(f'#include "{file}"\n' + "\n".join(map(_call, signatures(file).values())))
         _compile(calls, out.with_suffix(".o"), [*options, *macros, *watching], file)
@@ -184,6 +194,10 @@ def launch(
 ) -> None:
     """Run a kernel on arrays and NumPy's numbers; `shared` in bytes. Raises KernelError on what must not be."""
     report = _traffic
+    if signatures(file).get(kernel.name) != kernel:
+        raise KernelError(
+            f"{Path(file).name} was edited, and {kernel.name} takes other arguments now: make a new Kernel"
+        )
     code = library(file, defines, report is not None)
     dynamic = _aligned(shared)
     with _one_at_a_time, contextlib.nullcontext(args) if report is None else _between_guards(kernel, args) as given:

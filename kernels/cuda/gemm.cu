@@ -100,10 +100,12 @@ gemm_registers(const float* a, const float* b, float* c, int m, int n, int k) {
 
 // ------------------------------------------------------------------ four numbers an instruction
 
+#define WIDE 128  // rows and columns of C that a block computes
+
 // k and n are multiples of 4. The tile is in gemm_tile.cuh, where conv2d.cu and winograd.cu have it from, too.
 // at most 144 registers, 16,896 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(256)
 gemm_vectorised(const float* a, const float* b, float* c, int m, int n, int k) {
-    __shared__ __align__(16) float tile_a[2][DEEP][128 + 4], tile_b[2][DEEP][128];
-    gemm_tile<128, 128>(tile_a, tile_b, a, b, c, m, n, k, blockIdx.y * 128, blockIdx.x * 128);
+    __shared__ __align__(16) float tile_a[2][DEEP][WIDE + 4], tile_b[2][DEEP][WIDE];
+    gemm_tile<WIDE, WIDE>(tile_a, tile_b, a, b, c, m, n, k, blockIdx.y * WIDE, blockIdx.x * WIDE);
 }

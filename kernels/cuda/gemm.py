@@ -10,6 +10,7 @@ import numpy as np
 
 from ..epilogue import finish
 from ..matmul import matmul
+from .device import copies_asynchronously
 from .launch import Kernel, aligned, empty, is_aligned
 from .source import macros
 from .tunable import Tunable
@@ -114,9 +115,16 @@ def matmul_cuda_vectorised(a, b, out=None, **epilogue):
     return _product(VECTORISED, [("n", wide), ("m", wide)], (256,), a, b, out, epilogue)
 
 
-@matmul.variant("cuda_tensor", device="cuda", supports=_matrices(np.float16, multiple=8), auto=False)
+_eights = _matrices(np.float16, multiple=8)
+
+
+def _on_tensor_cores(a, b, out=None, **epilogue):
+    return _eights(a, b, out, **epilogue) and copies_asynchronously(a)
+
+
+@matmul.variant("cuda_tensor", device="cuda", supports=_on_tensor_cores, auto=False)
 def matmul_cuda_tensor(a, b, out=None, **epilogue):
-    """tensor cores, fp16 with sums in fp32; asynchronous copies three tiles ahead"""
+    """tensor cores (Ampere or later), fp16 with sums in fp32; asynchronous copies three tiles ahead"""
     m, n, k, stages = (TENSOR[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES"))
     shared = stages * (m * TENSOR["PITCH_A"] + k * TENSOR["PITCH_B"]) * a.itemsize
     return _product(TENSOR, [("n", n), ("m", m)], (256,), a, b, out, epilogue, shared=shared)

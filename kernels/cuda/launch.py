@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import emulated
-from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, macros, signatures
+from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, macros, path_of, signatures
 from .tunable import Tunable
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
@@ -31,10 +32,14 @@ MOST_Y = 65535  # blocks along y (or z) of a grid, on every GPU
 
 
 class Kernel:
-    """One kernel of one file, with the macros that it is compiled with."""
+    """One kernel of one file, with the macros that it is compiled with.
 
-    def __init__(self, file: str, name: str, tunable: Tunable | None = None, **defines: Any):
-        self.file, self.name, self.tunable, self.defines = file, name, tunable, defines
+    A file of this folder goes by its name, one of your own by its whole path: Kernel("/home/me/mine.cu", "mine"). When
+    it was edited, make a new Kernel of it.
+    """
+
+    def __init__(self, file: str | Path, name: str, tunable: Tunable | None = None, **defines: Any):
+        self.file, self.name, self.tunable, self.defines = str(file), name, tunable, defines
         self._compiled: dict[tuple, Any] = {}  # for the GPU, by their macros
 
     @cached_property
@@ -97,8 +102,14 @@ class Kernel:
         import cupy
 
         if defines not in self._compiled:
-            options = ("-std=c++17", f"-I{FOLDER}", *(f"-D{name}={value}" for name, value in defines))
-            module = cupy.RawModule(code=(FOLDER / self.file).read_text(), options=options)
+            path = path_of(self.file)
+            options = (
+                "-std=c++17",
+                f"-I{path.parent}",
+                f"-I{FOLDER}",
+                *(f"-D{name}={value}" for name, value in defines),
+            )
+            module = cupy.RawModule(code=path.read_text(), options=options)
             self._compiled[defines] = module.get_function(self.name)
         kernel = self._compiled[defines]
         if shared > PLAIN_SHARED:

@@ -6,9 +6,11 @@
 // recorded launch can be made again with others; the columns are those of kernels/multi_tensor.py.
 #include "real.cuh"
 
+#ifndef THREADS
 #define THREADS 256  // of a block
+#endif
 #ifndef CHUNK
-#define CHUNK 16384  // numbers that a block takes: 64 for each thread, and for ResNet-18 700 blocks
+#define CHUNK 16384  // numbers that a block takes
 #endif
 enum { LR, STEP, SCALE, GOOD, SKIPPED };
 

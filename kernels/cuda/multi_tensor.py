@@ -16,11 +16,25 @@ from ..multi_tensor import (
     update_scale_,
 )
 from .launch import REALS, Kernel
+from .source import macros
+from .tunable import Tunable
 
-THREADS, CHUNK = 256, 16384  # of a block, as in multi_tensor.cu
+CHUNKS = Tunable(
+    "64 numbers for each of 256 threads: for ResNet-18 682 blocks, several for each of a hundred multiprocessors",
+    macros("multi_tensor.cu", "THREADS", "CHUNK"),
+    dict(CHUNK=4096),
+    dict(CHUNK=65536),
+    dict(THREADS=128),
+)
 
 FOUND_NONFINITE, SGD, ADAM, UPDATE_SCALE = (
-    Kernel("multi_tensor.cu", name) for name in ("found_nonfinite", "multi_sgd", "multi_adam", "update_scale")
+    Kernel("multi_tensor.cu", name, tunable)
+    for name, tunable in (
+        ("found_nonfinite", CHUNKS),
+        ("multi_sgd", CHUNKS),
+        ("multi_adam", CHUNKS),
+        ("update_scale", None),
+    )
 )
 
 _layouts: dict[tuple, tuple[Any, Any]] = {}
@@ -29,12 +43,12 @@ _layouts: dict[tuple, tuple[Any, Any]] = {}
 def _layout(arrays, device):
     """The chunks (count, 2) of arrays, each as its array's number and its own, and the arrays' sizes: on the device,
     where they are kept for good, as a recorded launch may read them later."""
-    sizes = tuple(a.size for a in arrays)
-    if (sizes, device) not in _layouts:
-        chunks = [(which, chunk) for which, size in enumerate(sizes) for chunk in range(-(-size // CHUNK))]
-        tables = np.array(chunks, np.int32).reshape(-1, 2), np.array(sizes, np.int64)
-        _layouts[sizes, device] = tuple(to_device(table, device) for table in tables)
-    return _layouts[sizes, device]
+    sizes, each = tuple(a.size for a in arrays), CHUNKS["CHUNK"]
+    if (sizes, each, device) not in _layouts:
+        chunks = [(which, chunk) for which, size in enumerate(sizes) for chunk in range(-(-size // each))]
+        tables = np.array(chunks, np.int32), np.array(sizes, np.int64)
+        _layouts[sizes, each, device] = tuple(to_device(table, device) for table in tables)
+    return _layouts[sizes, each, device]
 
 
 def _flat(*lists):
@@ -65,14 +79,14 @@ def _copies_fit(copies, data):
 
 def _run(kernel, control, hyper, data, *lists, copies, found):
     chunks, sizes = _layout(data, device_of(control))
-    kernel((len(chunks),), (THREADS,), chunks, sizes, data, *lists, copies, hyper, control, found)
+    kernel((len(chunks),), (CHUNKS["THREADS"],), chunks, sizes, data, *lists, copies, hyper, control, found)
 
 
 @found_nonfinite_.variant("cuda", device="cuda", supports=lambda grads, found: _flat(grads) and _flag(found))
 def found_nonfinite_cuda(grads, found):
     """one launch for all, which reads each gradient once"""
     chunks, sizes = _layout(grads, device_of(found))
-    FOUND_NONFINITE((len(chunks),), (THREADS,), chunks, sizes, grads, found)
+    FOUND_NONFINITE((len(chunks),), (CHUNKS["THREADS"],), chunks, sizes, grads, found)
 
 
 def _able_sgd(control, hyper, data, grads, momentum_buffers, copies=None, found=None):

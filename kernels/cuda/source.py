@@ -25,6 +25,7 @@ KERNEL = re.compile(
 )
 INCLUDE = re.compile(r'^#include "([\w.]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*")
+TEMPLATE = re.compile(r"^template\s*<[^{;]*?(\w+)\([^{;]*\{", re.M)  # of a function
 MACRO = re.compile(r"^#define (\w+) +([\w\s()+*/-]+?)\s*(?://.*)?$", re.M)  # a number, or made of other macros
 
 # What a pointer may point to, and which numbers may be given where C++ has a number.
@@ -74,10 +75,27 @@ class Signature:
     shared: int | None  # bytes
 
 
-@cache
+def path_of(file: str) -> Path:
+    """A file of this folder, or of anywhere, by its whole path. Raises FileNotFoundError."""
+    path = FOLDER / file
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; a .cu file of your own is named by its whole path")
+    return path
+
+
+def edited(file: str) -> int:
+    """When it was: what is kept of a file is kept until then, so that a notebook may write it anew."""
+    return path_of(file).stat().st_mtime_ns
+
+
 def signatures(file: str) -> dict[str, Signature]:
-    """The kernels of a file of this folder, by name. Raises ValueError on a type that no array can have."""
-    return parse((FOLDER / file).read_text(), file)
+    """The kernels of a file, by name. Raises ValueError on a type that no array can have."""
+    return _signatures(file, edited(file))
+
+
+@cache
+def _signatures(file: str, edited: int) -> dict[str, Signature]:
+    return parse(path_of(file).read_text(), Path(file).name)
 
 
 def parse(text: str, file: str = "the source") -> dict[str, Signature]:
@@ -126,8 +144,22 @@ def macros(file: str, *names: str, **others: int) -> dict[str, int]:
     return {name: found[name] for name in names} if names else found
 
 
-@cache
 def with_includes(file: str) -> str:
-    """The text of a file and of all that it includes from this folder: what a build depends on."""
-    text = (FOLDER / file).read_text()
-    return text + "".join(with_includes(name) for name in INCLUDE.findall(text))
+    """The text of a file and of all that it includes from its folder or this one: what a build depends on."""
+    path = path_of(file)
+    text = path.read_text()
+    beside = (path.parent / name for name in INCLUDE.findall(text))
+    return text + "".join(with_includes(str(p) if p.exists() else p.name) for p in beside)
+
+
+def shared_in_a_template(file: str) -> str | None:
+    """The name of a template of the file, or of what it includes, that has `__shared__` memory of its own."""
+    text = COMMENT.sub("", with_includes(file))
+    for found in TEMPLATE.finditer(text):
+        end, depth = found.end(), 1
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if "__shared__" in text[found.end() : end]:
+            return found[1]
+    return None

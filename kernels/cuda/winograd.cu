@@ -132,14 +132,17 @@ __device__ __forceinline__ void planes_to_image(const float* m, const float* bia
 
 // ------------------------------------------------------------------ the kernels
 
-// Plane blockIdx.z: (rows x k) times (k x n). 64 columns, as networks for small images begin with 64 channels.
+#define TALL 128  // tiles of the image that a block multiplies,
+#define WIDE 64   // by output channels: networks for small images begin with 64
+
+// Plane blockIdx.z: (rows x k) times (k x n).
 // at most 160 registers, 12,544 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(128)
 winograd_products(const float* v, const float* u, float* m, int rows, int n, int k) {
-    __shared__ __align__(16) float tile_a[2][DEEP][128 + 4], tile_b[2][DEEP][64];
+    __shared__ __align__(16) float tile_a[2][DEEP][TALL + 4], tile_b[2][DEEP][WIDE];
     const size_t plane = blockIdx.z;
     v += plane * rows * k, u += plane * k * n, m += plane * rows * n;
-    gemm_tile<128, 64>(tile_a, tile_b, v, u, m, rows, n, k, blockIdx.y * 128, blockIdx.x * 64);
+    gemm_tile<TALL, WIDE>(tile_a, tile_b, v, u, m, rows, n, k, blockIdx.y * TALL, blockIdx.x * WIDE);
 }
 
 // at most 40 registers, 0 bytes of shared memory

@@ -14,11 +14,17 @@ from ..im2col import output_shape
 from ..winograd import F2, F4, MATRICES
 from .conv2d import _fours, _fours_x
 from .launch import Kernel, contiguous, empty, one_each
+from .tunable import Tunable
 
 WORKSPACE = 256 << 20  # bytes of planes at a time: large batches are taken in pieces
-TILE = 128, 64  # of the product, as in winograd.cu
+TRANSFORMS = Tunable(
+    "four warps: a thread keeps a tile in up to 72 registers, and smaller blocks leave fewer of them unused",
+    dict(threads=128),
+    dict(threads=64),
+    dict(threads=256),
+)
 
-PRODUCTS = Kernel("winograd.cu", "winograd_products")
+PRODUCTS = Kernel("winograd.cu", "winograd_products")  # not tunable, as VECTORISED of conv2d.py is not
 WEIGHTS, IMAGE, OUTPUT = (
     {F: Kernel("winograd.cu", f"winograd{F().outputs}_{step}") for F in (F2, F4)}
     for step in ("weights", "image", "output")
@@ -45,17 +51,20 @@ def _run(algorithm, x, w, y, first, bias=None, residual=None, relu=False):
     x, w, bias, residual = (None if a is None else contiguous(a) for a in (x, w, bias, residual))
     down, across = -(-oh // size), -(-ow // size)
     u = empty(x, (planes, c, o))
-    WEIGHTS[algorithm](*one_each(c * o), w, u, c * o)
+    WEIGHTS[algorithm](*one_each(c * o, TRANSFORMS), w, u, c * o)
     step = max(1, WORKSPACE // (planes * down * across * (c + o) * x.itemsize))  # images
     for start in range(0, n, step):
         piece = slice(start, min(n, start + step))
         tiles = (piece.stop - start) * down * across
         v, m = empty(x, (planes, tiles, c)), empty(x, (planes, tiles, o))
-        IMAGE[algorithm](*one_each(tiles * c, 128), x[piece], v, height, width, c, down, across, *first, tiles * c)
-        PRODUCTS((-(-o // TILE[1]), -(-tiles // TILE[0]), planes), (128,), v, u, m, tiles, o, c)
+        IMAGE[algorithm](
+            *one_each(tiles * c, TRANSFORMS), x[piece], v, height, width, c, down, across, *first, tiles * c
+        )
+        grid = -(-o // PRODUCTS["WIDE"]), -(-tiles // PRODUCTS["TALL"]), planes
+        PRODUCTS(grid, (128,), v, u, m, tiles, o, c)
         more = None if residual is None else residual[piece]
         sizes = oh, ow, o, down, across, bool(relu), tiles * o
-        OUTPUT[algorithm](*one_each(tiles * o, 128), m, bias, more, y[piece], *sizes)
+        OUTPUT[algorithm](*one_each(tiles * o, TRANSFORMS), m, bias, more, y[piece], *sizes)
     return y
 
 
