@@ -11,7 +11,6 @@ it costs to run CUDA kernels on a CPU, and nothing about a GPU.
 """
 
 import argparse
-import inspect
 import json
 import math
 import statistics
@@ -39,6 +38,7 @@ from nanocnn.machine import machine_facts
 from nanocnn.models import lenet5
 from nanocnn.parallel import Alone, GradientAverager
 from nanocnn.parallel.comm import plural
+from nanocnn.precision import LossScaler, at_entrance
 from nanocnn.progress import duration, say, size
 from nanocnn.record import peak_memory
 from nanocnn.schedules import SCHEDULES
@@ -179,17 +179,14 @@ def train(args, rung, data, model, steps=None):
     loader = Loader(data.train, args.batch, shuffle=True, seed=args.seed)
     optimizer = nc.optim.SGD(model.named_parameters(), args.lr, momentum=0.9)
     averager = GradientAverager(optimizer.buckets, Alone())
-    total, losses, taken, more = args.epochs * len(loader), [], 0, {}
-    if "scaler" in inspect.signature(train_step).parameters:
-        from nanocnn.precision import LossScaler
-
-        more["scaler"] = LossScaler(enabled=rung.precision == "fp16")
+    scaler = LossScaler(enabled=rung.precision == "fp16")
+    total, losses, taken = args.epochs * len(loader), [], 0
     for epoch in range(args.epochs):
         for batch in loader.epoch(epoch):
             if taken == steps:
                 return losses, taken
             lr = SCHEDULES["cosine"](taken, total, args.lr, 0)
-            result = train_step(model, batch, optimizer, lr, averager, **more)
+            result = train_step(model, batch, optimizer, lr, averager, scaler=scaler)
             taken += 1
             if len(losses) < FIRST:
                 losses.append(result.loss / result.samples)
@@ -201,7 +198,12 @@ def predict(args, rung, data, model, count):
     images = next(Loader(data.test, min(count, len(data.test)), shuffle=False).epoch(0)).x
     images = np.resize(images, (count, *images.shape[1:]))  # a small test set is taken again and again
     model.eval()
-    forward = nc.capture(model, nc.Tensor(images).to(rung.device)) if rung.choices.get("graph") == "on" else model
+
+    def forward(x):
+        return model(at_entrance(x))
+
+    if rung.choices.get("graph") == "on":
+        forward = nc.capture(forward, nc.Tensor(images).to(rung.device))
     times = []
     with nc.no_grad():
         while len(times) < 4 or sum(times) < args.seconds:
