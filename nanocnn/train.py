@@ -75,7 +75,7 @@ def train_step(
     averager.finish()
     correct = (logits.data.argmax(axis=1) == to_device(batch.y, logits.device)).sum()
     with span("totals", "communication"):
-        totals = averager.comm.all_reduce(np.array([loss.item(), correct, stop], np.float64))
+        totals = averager.comm.all_reduce(np.array([loss.item(), correct.item(), stop], np.float64))
     loss_sum, correct, stopping = totals.tolist()
     if not math.isfinite(loss_sum):
         raise NonFiniteLoss(
