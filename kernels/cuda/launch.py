@@ -18,7 +18,7 @@ import numpy as np
 from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
-from . import emulated
+from . import device, emulated
 from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, signatures
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
@@ -79,7 +79,11 @@ class Kernel:
         if defines not in self._compiled:
             options = ("-std=c++17", f"-I{FOLDER}", *(f"-D{name}={value}" for name, value in defines))
             module = cupy.RawModule(code=(FOLDER / self.file).read_text(), options=options)
-            self._compiled[defines] = module.get_function(self.name)
+            try:
+                self._compiled[defines] = module.get_function(self.name)
+            except cupy.cuda.compiler.CompileException as error:
+                device.check_headers(str(error))
+                raise
         kernel = self._compiled[defines]
         if shared > PLAIN_SHARED:
             kernel.max_dynamic_shared_size_bytes = shared
