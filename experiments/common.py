@@ -206,8 +206,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         {"cpu": lambda: None, "cuda": gpu.check, "emulated": emulated.compiler}[args.device]()
     except DeviceError as error:
         parser.error(f"--device {args.device}: {error}")
-    if args.device != "cpu" and launch is not None and launch.size != 1:
-        parser.error(f"--device {args.device}: one process alone; several ranks train on the CPU")
     return args
 
 
@@ -360,10 +358,10 @@ PLAIN_ERRORS += (RecordError, RunExists)
 PLAIN_ERRORS += (MemoryError,)  # to which shortage() adds who asked, and what takes less
 
 
-def connect() -> Comm:
+def connect(device: str = "cpu") -> Comm:
     """`nanocnn.parallel.connect()`, whose error is one line of rank 0 too."""
     try:
-        return nc.parallel.connect()
+        return nc.parallel.connect(device=device)
     except nc.parallel.ConnectError as error:
         launch = launched()
         if launch is None or not launch.rank:

@@ -25,6 +25,7 @@ class Array:
         self.nbytes = self.size * self.dtype.itemsize
         self.data = types.SimpleNamespace(ptr=id(self))
         self.device = types.SimpleNamespace(id=number)
+        self.flags = types.SimpleNamespace(c_contiguous=True)
 
 
 Array.__module__ = "cupy"

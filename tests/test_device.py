@@ -12,6 +12,7 @@ import nanocnn as nc
 from nanocnn.kernels.cuda import device
 from nanocnn.kernels.cuda.device import DeviceError, check
 from nanocnn.kernels.cuda.device_memory import held, shortage, watched
+from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import ChoiceError, to_device, using
 from nanocnn.kernels.matmul import matmul
 
@@ -109,6 +110,30 @@ def test_tensor_rungs_need_ampere(capability, able, monkeypatch, tmp_path):
         else:
             with pytest.raises(ChoiceError, match="matmul=cuda_tensor cannot do this call"):
                 matmul.choose(a, b)
+
+
+def test_a_kernel_that_finds_no_headers_says_what_brings_them(monkeypatch, tmp_path):
+    class CompileException(Exception):
+        """As CuPy's."""
+
+    class RawModule:
+        def __init__(self, code, options):
+            assert "relu" in code
+            assert "-DREAL=float" in options
+
+        def get_function(self, name):
+            raise CompileException(said)
+
+    cupy = stand_in(monkeypatch, tmp_path)
+    cupy.RawModule, cupy.cuda.compiler = RawModule, types.SimpleNamespace(CompileException=CompileException)
+    relu = Kernel("elementwise.cu", "relu")
+    arguments = [Array((4,)) if p.pointer else 4 for p in relu.signature.parameters]
+    said = 'ptx.cuh(5): catastrophic error: cannot open source file "cuda_fp16.h"'
+    with pytest.raises(DeviceError, match=r"no headers of CUDA \(cuda_fp16.h\).*\[cuda13\].*CUDA_PATH"):
+        relu((1,), (32,), *arguments)
+    said = "elementwise.cu(9): error: expected a ';'"
+    with pytest.raises(CompileException, match="expected a ';'"):
+        relu((1,), (32,), *arguments)
 
 
 # ---------------------------------------------------------------- memory

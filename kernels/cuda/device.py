@@ -10,6 +10,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ def copies_asynchronously(x: Any) -> bool:
     if device_of(x) != "cuda":
         return True
     return _capability(x.device.id) >= ASYNCHRONOUS
+
+
+def check_headers(error: str) -> None:
+    """Raise DeviceError if a compiler's error is for want of CUDA's headers, which CuPy's wheels do not bring."""
+    if found := re.search(r"""(?:cannot|could not) open source file "?(cuda\w+\.h)""", error):
+        raise _error(
+            f"CuPy finds no headers of CUDA ({found[1]})",
+            f"{install(_extra(_drivers_cuda()))}, or name CUDA's folder in the variable CUDA_PATH",
+        )
 
 
 # ------------------------------------------------------------------ the steps

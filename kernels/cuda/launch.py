@@ -22,7 +22,7 @@ import numpy as np
 from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
-from . import emulated
+from . import device, emulated
 from .source import (
     ARRAYS,
     FOLDER,
@@ -122,7 +122,11 @@ class Kernel:
             named = *(f"-D{name}={value}" for name, value in defines), f"-DSOURCES_{version}"
             options = ("-std=c++17", f"-I{path.parent}", f"-I{FOLDER}", *named)
             module = cupy.RawModule(code=path.read_text(), options=options)
-            self._compiled[defines] = module.get_function(self.name)
+            try:
+                self._compiled[defines] = module.get_function(self.name)
+            except cupy.cuda.compiler.CompileException as error:
+                device.check_headers(str(error))
+                raise
         kernel = self._compiled[defines]
         if shared > PLAIN_SHARED:
             kernel.max_dynamic_shared_size_bytes = shared
