@@ -136,6 +136,24 @@ def test_a_kernel_that_finds_no_headers_says_what_brings_them(monkeypatch, tmp_p
         relu((1,), (32,), *arguments)
 
 
+def test_what_a_kernel_is_given_on_a_gpu(monkeypatch, tmp_path):
+    class RawModule:
+        def __init__(self, code, options):
+            pass
+
+        def get_function(self, name):
+            return lambda grid, block, arguments, shared_mem: cupy.said.append((name, grid, block, *arguments))
+
+    cupy = stand_in(monkeypatch, tmp_path)
+    cupy.RawModule = RawModule
+    y, bias = Array((6, 4)), Array((4,))
+    Kernel("elementwise.cu", "epilogue")((1,), (32,), y, bias, None, 1, 4, 24)
+    ((name, grid, block, *given, residual, relu, channels, count),) = cupy.said
+    assert (name, grid, block, given) == ("epilogue", (1, 1, 1), (32, 1, 1), [y, bias])
+    assert (residual, residual.nbytes) == (0, 8)  # a null pointer: of None some versions of CuPy make another address
+    assert [(a, a.dtype) for a in (relu, channels, count)] == [(1, np.int32), (4, np.int32), (24, np.int64)]
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -184,7 +202,7 @@ def test_backward_says_who_it_was_too():
 
 
 def test_what_is_moved_without_room_is_named(monkeypatch, tmp_path):
-    def none(array):
+    def none(array, order):
         raise TooMuch(array.nbytes, 0)
 
     cupy = stand_in(monkeypatch, tmp_path)

@@ -43,6 +43,7 @@ REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype
 PLAIN_SHARED = 48 << 10  # bytes that a block may have without asking for more
 MOST_THREADS = 1024  # of a block, on every GPU
 MOST_Y = 65535  # blocks along y (or z) of a grid, on every GPU
+NULL = np.uint64(0)  # a null pointer as CuPy takes it: of None some versions make another (cupy issue 9046)
 
 
 class Kernel:
@@ -109,7 +110,7 @@ class Kernel:
                 lambda: emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
             )
         else:
-            arguments = tuple(_pointers(a) if isinstance(a, list) else a for a in checked)
+            arguments = tuple(NULL if a is None else _pointers(a) if isinstance(a, list) else a for a in checked)
             self._for_the_gpu(defines, shared)(grid, block, arguments, shared_mem=shared)
 
     def _for_the_gpu(self, defines: tuple, shared: int) -> Any:
