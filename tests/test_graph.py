@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import types
+
 import numpy as np
 import pytest
 from launch import NEEDS_GXX
@@ -288,3 +292,67 @@ def test_what_python_knows_is_not_recorded_without_notice():
 
     with pytest.raises(CaptureError, match=r"does not compute what the function does: .* 3 numbers differ"):
         nc.capture(counts, there([1, 2, 3]))
+
+
+class GPU:
+    """Stands in for what of CuPy a graph asks: it says what it was asked, and ends no recording that has failed."""
+
+    def __init__(self, monkeypatch):
+        self.said, self.failed = [], False
+        self.get_current_stream = lambda: self.of("current")
+        self.Stream = lambda non_blocking: self.of("own")
+        self.MemoryPool = lambda: types.SimpleNamespace(malloc=None)
+        self.using_allocator = lambda malloc: contextlib.nullcontext()
+        cupy = types.ModuleType("cupy")
+        cupy.cuda = self
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def of(self, name):
+        gpu = self
+
+        class Stream(contextlib.nullcontext):
+            def record(self):
+                return f"end of {name}"
+
+            def wait_event(self, event):
+                gpu.said.append(f"{name} waits for {event}")
+
+            def begin_capture(self):
+                gpu.said.append("begin")
+
+            def end_capture(self):
+                gpu.said.append("end")
+                if gpu.failed:
+                    raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+                return types.SimpleNamespace(launch=lambda stream: gpu.said.append("launch"))
+
+        return Stream()
+
+
+def test_a_gpu_records_between_waits(monkeypatch):
+    gpu = GPU(monkeypatch)
+    graph = Graph("cuda")
+    with graph.recording():
+        gpu.said.append("work")
+    graph.launch()
+    waits = "own waits for end of current", "current waits for end of own"
+    assert gpu.said == [waits[0], "begin", "work", "end", waits[1], "launch"]
+
+
+@pytest.mark.parametrize("invalid", [False, True])
+def test_of_a_recording_that_failed_on_a_gpu_nothing_is_left(monkeypatch, invalid):
+    gpu = GPU(monkeypatch)
+    graph, gpu.failed = Graph("cuda"), invalid
+    with pytest.raises(ZeroDivisionError), graph.recording():
+        _ = 1 / 0
+    assert gpu.said[-1] == "end"
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
+        graph.launch()
+
+
+def test_what_a_gpu_refuses_to_record_is_the_same_error_as_on_the_emulator(monkeypatch):
+    gpu = GPU(monkeypatch)
+    graph, gpu.failed = Graph("cuda"), True
+    words = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
+    with pytest.raises(HostError, match=f"while a graph was recorded: {words}"), graph.recording():
+        raise RuntimeError(words)

@@ -30,6 +30,8 @@ from ..emulated_array import HostError
 
 __all__ = ["Graph", "HostError"]
 
+REFUSED = "StreamCapture"  # in the names of CUDA's errors for what cannot be recorded
+
 
 class Graph:
     """Recorded once, launched often. `device` is "cuda" or "emulated"."""
@@ -75,8 +77,13 @@ class Graph:
                 self._stream.begin_capture()
                 try:
                     yield
-                finally:
-                    self._recorded = self._stream.end_capture()
+                except BaseException as error:
+                    with contextlib.suppress(Exception):  # of a recording that has failed there is none
+                        self._stream.end_capture()
+                    if REFUSED in f"{type(error).__name__} {error}":  # CUDA's word, by CuPy
+                        raise HostError(f"while a graph was recorded: {error}") from error
+                    raise
+                self._recorded = self._stream.end_capture()
             else:
                 if emulated_array.recording is not None:
                     raise RuntimeError("a graph is being recorded already")
