@@ -50,6 +50,7 @@ def arguments():
     parser.add_argument("--out", type=Path, default=Path("runs", "gpu_proof"), metavar="DIR", help="for the reports")
     parser.add_argument("--seconds", type=common.positive, default=BUDGET, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=tuple(sections), help=argparse.SUPPRESS)
+    parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -58,7 +59,7 @@ def arguments():
 
 def work(args):
     """Write each row of a section as soon as it is there: what comes before a crash is kept."""
-    context = Context(args.device, args.quick, time.monotonic() + args.seconds)
+    context = Context(args.device, args.quick, time.monotonic() + args.seconds, args.sanitized)
     with open(args.out / f"{args.worker}.jsonl", "w") as file:
         for row in sections[args.worker].rows(context):
             file.write(json.dumps(row, default=str) + "\n")
@@ -147,13 +148,16 @@ def main(args):
     facts = dict(kind="gpu_proof", date=time.strftime("%Y-%m-%d"), device=args.device, quick=args.quick)
     facts |= dict(command=common.without_folder(sys.argv[1:]), machine=machine_facts(probe=True))
     results, start, slower = {}, time.perf_counter(), SLOWER if args.device == "emulated" else 1
-    for name in args.only or sections:
+    names = list(args.only or sections)
+    for number, name in enumerate(names, 1):
         left = args.budget * slower - (time.perf_counter() - start)
+        later = sum(sections[other].seconds for other in names[number:]) * slower
         say(f"{name}: {sections[name].about}")
         if left < 1:
             results[name] = dict(rows=[], wrong="the budget was spent", seconds=0.0, about=sections[name].about)
         else:
-            results[name] = run(args, name, min(left, sections[name].seconds * slower))
+            # Its own seconds, and what the sections before it did not need.
+            results[name] = run(args, name, min(left, max(sections[name].seconds * slower, left - later)))
         say(f"  {verdict(results[name])} ({duration(results[name]['seconds'])})")
         # After each section: who is killed in the middle leaves what there was.
         (args.out / "gpu_proof.json").write_text(json.dumps(facts | dict(sections=results), indent=1, default=str))

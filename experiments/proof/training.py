@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ def graph(context: Context) -> Iterator[Row]:
     steps = 4 if context.quick else 30
     eager, recorded = (losses(context.device, steps, graph=how) for how in ("off", "on"))
     worst = float(np.max(np.abs(np.divide(recorded, eager) - 1)))
-    yield dict(steps=steps, first=eager[0], last=eager[-1], last_by_graph=recorded[-1], worst=worst, ok=worst <= 1e-4)
+    yield dict(steps=steps, first=eager[0], last=eager[-1], last_by_graph=recorded[-1], worst=worst, ok=worst <= 1e-3)
 
 
 @section(seconds=30)
@@ -96,6 +97,7 @@ CASES = (
 SMALL = (("alexnet", "train", 2, "fp32"), ("resnet18", "infer", 2, "fp32"))
 COMPILED = ("alexnet", "train", 128, "fp16")
 ENOUGH = 10.0  # seconds for a case
+ENOUGH_FOR_CPU = 150.0  # seconds for the CPU's rungs of mnist, too; NumPy's is always there
 
 
 def make_task(model: str, batch: int, width: float) -> peers.Task:
@@ -219,6 +221,19 @@ def _case(context: Context, case: tuple[str, str, int, str], width: float, setti
         return row | compared(context, make_task(model, batch, width), mode, p, settings)
     except Exception as error:
         return row | dict(ok=False, note=f"{type(error).__name__}: {error}")
+    finally:
+        free(context)
+
+
+def free(context: Context) -> None:
+    """What a case held is for the next one: the two frameworks keep memory from each other, and cycles keep theirs."""
+    gc.collect()
+    if context.on_gpu:
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
 
 
 def compared(context: Context, task: peers.Task, mode: str, p: str, settings: tuple[str, ...]) -> Row:
@@ -259,7 +274,10 @@ def mnist(context: Context) -> Iterator[Row]:
     """CPU against GPU: mnist_cpu_gpu.py in its short form"""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE / "mnist_cpu_gpu.py"), "--quick", "--out", folder]
-        command += ["--device", *(("cpu", "cuda") if context.on_gpu else ("emulated",))]
+        # On a machine that never ran Numba's rungs these are compiled first, which takes a minute.
+        both = ("cpu", "cuda") if context.left > ENOUGH_FOR_CPU else ("cuda",)
+        command += ["--limit", f"{max(1.0, context.left / 3):.0f}" if context.on_gpu else "600"]
+        command += ["--device", *(both if context.on_gpu else ("emulated",))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1) or not Path(folder, "result.json").exists():
             yield dict(ok=False, note=(done.stderr.strip().splitlines() or ["no word"])[-1])
