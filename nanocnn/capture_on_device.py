@@ -75,8 +75,9 @@ class CapturedOnDevice:
         return f"a graph of the device {self.device!r} for {describe(tuple(self.inputs), {})}"
 
 
-# What two runs of the same kernels may differ by: nothing, unless cuBLAS takes another way for another stream.
-TOLERANCES = {"float64": (1e-10, 1e-12), "float32": (1e-4, 1e-6), "float16": (1e-2, 1e-3)}
+# What two runs of the same kernels may differ by: nothing, unless cuBLAS takes another way for another stream. What a
+# recorded step tells in float64 (recorded_step.py) was computed in float32.
+TOLERANCES = {"float64": (1e-4, 1e-6), "float32": (1e-4, 1e-6), "float16": (1e-2, 1e-3)}
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
