@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from launch import NEEDS_GXX, ROOT, alone
 
 from nanocnn.kernels import dispatch
+from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import Primitive, xp_of
 
 sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
@@ -117,3 +120,45 @@ def test_a_wrong_kernel_is_found(planted):
     for row in rows:
         assert row["ok"] == (row["kernel"] == "planted_double=right"), row
     assert next(r["of_allowed"] for r in rows if "leaves" in r["kernel"]) == np.inf
+
+
+def test_all_that_a_gpu_needs_is_compiled_at_once(monkeypatch):
+    built = set()
+    monkeypatch.setattr(Kernel, "_for_the_gpu", lambda kernel, defines, shared: built.add((kernel.file, defines)))
+    assert correct.build_for_gpu() == len(built)
+    assert {(file, defines) for file, defines in built if file == "gemm.cu"} == {("gemm.cu", ())}
+    assert {defines for file, defines in built if file == "elementwise.cu"} == {
+        (("REAL", real),) for real in ("float", "double", "half")
+    }
+    assert {file for file, _ in built} == {path.name for path in correct.FOLDER.glob("*.cu")}
+
+
+@NEEDS_GXX
+def test_what_numba_compiles_is_no_business_of_the_sanitizer():
+    kernels = {
+        f"{p.name}={v.name}" for p, v, _, _ in correct.on_device(Context("emulated", quick=True, sanitized=True))
+    }
+    assert "matmul=cuda_tiled" in kernels
+    assert not any("numba" in kernel for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, dict(ok=True, note="")),
+        ("========= Invalid __global__ write of size 4 bytes\n=========  at relu", 9, dict(ok=False)),
+        ("========= Target application returned an error", 1, dict(ok=False)),
+        ("========= COMPUTE-SANITIZER", None, dict(note="ended at its limit; COMPUTE-SANITIZER")),
+        ("========= Invalid __shared__ read of size 4 bytes", None, dict(ok=False)),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path, words, status, expected):
+    (tmp_path / "words").write_text(words)
+    (tmp_path / "kernels.jsonl").write_text("{}\n{}\n")
+    code = "import time; time.sleep(60)" if status is None else f"raise SystemExit({status})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    context = Context("cuda", True, time.monotonic() + (3 if status is None else 60))
+    row = correct.told(context, "memcheck", process, tmp_path)
+    assert row["checks"] == 2
+    assert {name: row.get(name) for name in expected} == expected
+    assert ("ok" in row) == ("ok" in expected)
