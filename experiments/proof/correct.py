@@ -51,7 +51,7 @@ def example_calls() -> dict[str, Calls]:
 def on_device(context: Context) -> Iterator[tuple[Primitive, Variant, str, list[tuple[Call, Call]]]]:
     """Each CUDA variant and dtype, with its calls: on the CPU, and the same on the device.
 
-    Variants of one primitive and dtype are given the same calls, one after the other.
+    Variants of one primitive and dtype come one after the other, and their calls on the CPU are the same objects.
     """
     cases = example_calls()
     for p in list(dispatch.primitives.values()):
@@ -60,8 +60,8 @@ def on_device(context: Context) -> Iterator[tuple[Primitive, Variant, str, list[
             variants = [v for v in variants if v.name != "numba_cuda"]
         for dtype in DTYPES if variants else ():
             calls: list[Call] = [(tuple(a), k) for a, k in cases[p.name](np.random.default_rng(7), dtype)]
-            pairs = [(call, on_emulator(call, context.device)) for call in calls]
             for variant in variants:
+                pairs = [(call, on_emulator(call, context.device)) for call in calls]  # anew: some are written to
                 able = [(call, there) for call, there in pairs if variant in p.candidates(*there[0], **there[1])]
                 if context.quick:
                     able = able[:: max(1, len(able) // FEW)][:FEW]
