@@ -48,7 +48,20 @@ from .arena import Life, arrange
 from .capture_on_device import CapturedOnDevice
 from .kernels import dispatch, memory
 from .kernels.dispatch import describe, device_of
-from .tape import Call, CaptureError, Output, Place, Tape, arrays_in, as_array, checked, each, key_of, those_in
+from .tape import (
+    Call,
+    CaptureError,
+    Output,
+    Place,
+    Tape,
+    arrays_in,
+    arrays_like,
+    as_array,
+    checked,
+    each,
+    key_of,
+    those_in,
+)
 from .tensor import Tensor
 from .trial import Trial
 
@@ -72,12 +85,7 @@ class Captured:
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function would return for these inputs. Raises CaptureError on another shape or dtype."""
-        arrays = [as_array(x) for x in inputs]
-        if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in self.inputs]:
-            raise CaptureError(
-                f"captured for {describe(tuple(self.inputs), {})}, called with {describe(tuple(arrays), {})}: "
-                "capture the function once more, for these"
-            )
+        arrays = arrays_like(self.inputs, inputs)
         with self._lock, dispatch.put_in_force(self._choices):
             for here, x in zip(self.inputs, arrays, strict=True):
                 np.copyto(here, x)

@@ -15,7 +15,7 @@ from . import random
 from .kernels import dispatch
 from .kernels.cuda.graph import Graph
 from .kernels.dispatch import describe, device_of, to_device, xp_of
-from .tape import CaptureError, as_array, checked
+from .tape import CaptureError, arrays_like, checked
 from .tensor import Tensor
 
 
@@ -57,12 +57,7 @@ class CapturedOnDevice:
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function would return for these inputs. Raises CaptureError on another shape or dtype."""
-        arrays = [as_array(x) for x in inputs]
-        if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in self.inputs]:
-            raise CaptureError(
-                f"captured for {describe(tuple(self.inputs), {})}, called with {describe(tuple(arrays), {})}: "
-                "capture the function once more, for these"
-            )
+        arrays = arrays_like(self.inputs, inputs)
         with self._lock:
             for here, x in zip(self.inputs, arrays, strict=True):
                 here[...] = to_device(x, self.device)

@@ -19,6 +19,7 @@ from nanocnn.kernels.matmul import matmul
 
 @pytest.fixture(autouse=True)
 def nothing_is_known():
+    forget()
     yield
     forget()
 

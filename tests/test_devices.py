@@ -115,4 +115,4 @@ def test_a_script_says_what_a_device_lacks():
     outcome = alone(ROOT / "experiments" / "alexnet_cifar.py", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert outcome.status == 2
     assert "--device cuda: cannot use the device 'cuda'" in outcome.output
-    assert "pip install" in outcome.output
+    assert "To do: " in outcome.output

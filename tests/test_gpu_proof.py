@@ -25,19 +25,16 @@ EMULATED = Context("emulated", quick=True)
 
 @NEEDS_GXX
 def test_sections_run_one_by_one_and_leave_two_reports(tmp_path):
-    words = ["--device", "emulated", "--quick", "--only", "copies", "graph", "--out"]
+    words = ["--device", "emulated", "--quick", "--only", "copies", "launches", "--out"]
     done = alone(ROOT / "experiments" / "gpu_proof.py", *words, tmp_path, timeout=120)
     assert done.status == 0, done.output
     told = json.loads((tmp_path / "gpu_proof.json").read_text())
-    assert list(told["sections"]) == ["copies", "graph"]
+    assert list(told["sections"]) == ["copies", "launches"]
     assert told["sections"]["copies"]["rows"] == [{"what": "copies", "note": "needs a GPU"}]
-    (row,) = told["sections"]["graph"]["rows"]
-    assert row["steps"] == 4
-    assert row["ok"]
     assert told["machine"]["processor"]
     text = (tmp_path / "gpu_proof.txt").read_text()
     assert "passed  copies: 1 row" in text
-    assert "== graph: a step as a graph against the same step op by op" in text
+    assert "== launches: what a launch costs the host" in text
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_proof.json", "gpu_proof.txt"}
 
 

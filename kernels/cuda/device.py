@@ -39,8 +39,12 @@ def check() -> None:
         )
     driver = _drivers_cuda()
     if importlib.util.find_spec("cupy") is None:
-        first = "" if driver else f"there is no NVIDIA driver ({DRIVER}) either: install that first. Then "
-        raise _error("CuPy is not installed", first + install(_extra(driver)))
+        if driver:
+            raise _error("CuPy is not installed", install(_extra(driver)))
+        raise _error(
+            f"CuPy is not installed, and there is no NVIDIA driver ({DRIVER})",
+            f"install the driver, then {install(_extra(driver))}",
+        )
     if not driver:
         raise _error(
             f"there is no NVIDIA driver that can be loaded ({DRIVER})",
