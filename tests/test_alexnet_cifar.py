@@ -160,9 +160,9 @@ def test_a_rank_killed_in_the_middle_of_an_epoch(tmp_path, unbroken):
     assert_bit_equal(final_state(tmp_path / "run"), final_state(unbroken))
 
 
-def test_another_number_of_ranks_can_resume(tmp_path):
+def test_another_number_of_ranks_can_resume(tmp_path, run_here):
     assert run(2, tmp_path, "--name", "run", "--batch-norm").status == 0
-    outcome = run(0, tmp_path, "--name", "run", "--batch-norm", "--epochs", "3", "--resume")
+    outcome = run_here(tmp_path, "--name", "run", "--batch-norm", "--epochs", "3", "--resume")
     assert outcome.status == 0, outcome.output
     assert final_state(tmp_path / "run")["position"]["step"] == 30
 
