@@ -16,6 +16,8 @@ from nanocnn.testing import check_gradients
 
 CONVOLUTIONS = ("conv2d", "conv2d_grad_x", "conv2d_grad_w")
 VARIANTS = list(dict.fromkeys(name for p in CONVOLUTIONS for name in dispatch.primitives[p].rungs("cpu")))
+ONLY_FLOAT32 = "winograd4", "parity"  # as in test_kernels.py, which says why
+IN_FLOAT64 = [name for name in VARIANTS if name not in (*ONLY_FLOAT32, "fp32")]  # the last is for float16 alone
 
 
 SIZES, GROUPS, FEW = st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
@@ -66,14 +68,38 @@ CAN = {  # what a rung is for, where that is not everything
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def using_everywhere(variant):
+    """The variant, in whatever of the three convolutions has it."""
+    return nc.using(**{p: variant for p in CONVOLUTIONS if variant in dispatch.primitives[p].variants})
+
+
+@pytest.mark.parametrize("variant", IN_FLOAT64)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_gradients(variant, data):
     arrays, geometry = data.draw(geometries(**CAN.get(variant, {})))
-    with nc.using(**{p: variant for p in CONVOLUTIONS if variant in dispatch.primitives[p].variants}):
+    with using_everywhere(variant):
         check_gradients(lambda *t: F.conv2d(*t, **geometry), *arrays)
         check_gradients(lambda x, w: F.conv2d(x, w, **geometry), *arrays[:2])
+
+
+@pytest.mark.parametrize("variant", ONLY_FLOAT32)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_values_and_gradients_in_float32(variant, data):
+    """Those of the reference in float64, whose derivatives the test above checks."""
+    arrays, geometry = data.draw(geometries(**CAN[variant]))
+
+    def results(choice, dtype):
+        tensors = [Tensor(a.astype(dtype), requires_grad=True) for a in arrays]
+        with using_everywhere(choice):
+            y = F.conv2d(*tensors, **geometry)
+            y.backward(np.cos(np.arange(y.size)).reshape(y.shape).astype(dtype))
+        return [y.data, *(t.grad for t in tensors)]
+
+    for found, expected in zip(results(variant, np.float32), results("reference", np.float64), strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, abs(expected).max()))
 
 
 def test_a_gradient_that_came_another_way_is_added():

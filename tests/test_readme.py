@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import nanocnn as nc
+from nanocnn.__main__ import main
 from nanocnn.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +58,22 @@ def test_links_lead_somewhere(page):
         assert (folder / target).exists(), f"{page} links to {target}"
 
 
-def test_the_commands_take_their_options():
+def help_of(words: list[str], monkeypatch, capsys) -> str:
+    """What `python WORDS --help` prints. In this process: there are many, and starting each takes a second and more."""
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        if words[:2] == ["-m", "nanocnn"]:
+            main([*words[2:], "--help"])
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, f"{' '.join(words)}\n{printed.err}"
+    return printed.out
+
+
+def test_the_commands_take_their_options(monkeypatch, capsys):
     """Every option in a command line of ours is one that the program's --help names."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")  # a script's neighbours are found beside it
     lines = [line.split(" # ")[0].rstrip("\\ ") for text in PAGES.values() for line in text.splitlines()]
     lines += [" ".join(words.split()) for text in PAGES.values() for words in re.findall(r"`(python [^`]+)`", text)]
     helps: dict[str, str] = {}
@@ -68,10 +83,7 @@ def test_the_commands_take_their_options():
         if not found or line.startswith(("#", "@", "|")):
             continue
         if found[1] not in helps:
-            command = [sys.executable, *found[1].split(), "--help"]
-            outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-            assert outcome.returncode == 0, f"{line}\n{outcome.stderr}"
-            helps[found[1]] = outcome.stdout
+            helps[found[1]] = help_of(found[1].split(), monkeypatch, capsys)
         for option in re.findall(r"(?<=\s)--[a-z-]+", found[2]):
             assert option in helps[found[1]], f"{line}: {found[1]} has no {option}"
         seen += 1
