@@ -105,9 +105,10 @@ def capture(function: Callable[..., Any], *inputs: Any) -> Captured | CapturedOn
     """Record what `function(*inputs)` does, for tensors or arrays; for those of a GPU as a CUDA graph.
 
     The function takes one tensor for each input and returns a tensor, or a tuple of them. It is run four times: to
-    compile, to record, and twice to compare; what primitives change in place (running statistics, weights) is put back
-    afterwards, and gradients are left as those of the example. Raises CaptureError if it does anything besides calling
-    kernels that depends on the values of its inputs, such as a random draw of its own; dropout draws new masks.
+    compile, to record, and twice to compare (on a GPU twice: to compile and compare, and to record). What primitives
+    change in place (running statistics, weights) is put back afterwards, and gradients are left as those of the
+    example. Raises CaptureError if it does anything besides calling kernels that depends on the values of its inputs,
+    such as a random draw of its own; dropout draws new masks.
     """
     arrays = [as_array(x) for x in inputs]
     dispatch.demand_one_device("capture", arrays)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from .. import emulated_array
 from ..dispatch import DeviceError
@@ -31,6 +32,9 @@ from ..emulated_array import HostError
 __all__ = ["Graph", "HostError"]
 
 REFUSED = "StreamCapture"  # in the names of CUDA's errors for what cannot be recorded
+
+
+pools: WeakSet[Any] = WeakSet()  # those of all graphs
 
 
 class Graph:
@@ -49,6 +53,7 @@ class Graph:
 
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._memory = cupy.cuda.MemoryPool()
+            pools.add(self._memory)
 
     @contextlib.contextmanager
     def warming_up(self) -> Iterator[None]:
