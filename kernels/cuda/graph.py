@@ -21,6 +21,7 @@ and it refuses what a GPU would refuse or, worse, do silently wrong. The path th
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
@@ -31,7 +32,7 @@ from ..emulated_array import HostError
 
 __all__ = ["Graph", "HostError"]
 
-REFUSED = "StreamCapture"  # in the names of CUDA's errors for what cannot be recorded
+REFUSED = re.compile("stream ?capture", re.I)  # in the words of CUDA and of CuPy for what cannot be recorded
 
 
 pools: WeakSet[Any] = WeakSet()  # those of all graphs
@@ -85,7 +86,7 @@ class Graph:
                 except BaseException as error:
                     with contextlib.suppress(Exception):  # of a recording that has failed there is none
                         self._stream.end_capture()
-                    if REFUSED in f"{type(error).__name__} {error}":  # CUDA's word, by CuPy
+                    if REFUSED.search(f"{error}"):
                         raise HostError(f"while a graph was recorded: {error}") from error
                     raise
                 self._recorded = self._stream.end_capture()
