@@ -122,9 +122,9 @@ def _perhaps_a_view(name: str) -> Callable[..., Any]:
 
 
 # Methods that NumPy computes without asking anybody; but for those that are views, look at values, or are ufuncs' own.
-VIEWS = "diagonal getfield squeeze swapaxes transpose view".split()
-HOSTS = "dump dumps get item setflags tobytes tofile tolist to_device".split()
-UFUNCS = "all any max mean min prod std sum var".split()
+VIEWS = ("diagonal", "getfield", "squeeze", "swapaxes", "transpose", "view")
+HOSTS = ("dump", "dumps", "get", "item", "setflags", "tobytes", "tofile", "tolist", "to_device")
+UFUNCS = ("all", "any", "max", "mean", "min", "prod", "std", "sum", "var")
 for _name, _numpys in vars(np.ndarray).items():
     if not _name.startswith("_") and callable(_numpys) and _name not in (*VIEWS, *HOSTS, *UFUNCS):
         setattr(Emulated, _name, _perhaps_a_view(_name) if _name in ("reshape", "ravel") else _method(_name))
@@ -151,7 +151,7 @@ class EmulatedNumPy:
 
 SENDING = (np.array, np.asarray, np.ascontiguousarray)  # what the host has, to the device
 IN_PLACE = (np.copyto, np.put, np.putmask, np.ndarray.fill, np.ndarray.put, np.ndarray.sort, np.ndarray.partition)
-BY_VALUES = "argwhere compress extract flatnonzero nonzero unique".split()  # by whose values the shape goes
+BY_VALUES = ("argwhere", "compress", "extract", "flatnonzero", "nonzero", "unique")  # by whose values the shape goes
 UNINITIALISED = (np.empty, np.empty_like)
 
 emulated_numpy = EmulatedNumPy()

@@ -43,8 +43,8 @@ def check() -> None:
             raise _error("CuPy is not installed", install(_extra(driver)))
         raise _error(
             f"CuPy is not installed, and there is no NVIDIA driver ({DRIVER})",
-            "install the driver, on Ubuntu by sudo ubuntu-drivers install (a container must be given the GPU: docker run "
-            f"--gpus all ...), then {install(_extra(driver))}",
+            "install the driver, on Ubuntu by sudo ubuntu-drivers install (a container must be given the GPU: "
+            f"docker run --gpus all ...), then {install(_extra(driver))}",
         )
     if not driver:
         raise _error(

@@ -26,7 +26,7 @@ def held() -> dict[str, int] | None:
         return None
     import cupy
 
-    pools = [cupy.get_default_memory_pool(), *graph.pools]
+    pools = [cupy.get_default_memory_pool(), *graph.pools()]
     free, total = cupy.cuda.runtime.memGetInfo()
     in_use, pool = sum(p.used_bytes() for p in pools), sum(p.total_bytes() for p in pools)
     return dict(in_use=in_use, pool=pool, free=free, total=total)

@@ -35,7 +35,12 @@ __all__ = ["Graph", "HostError"]
 REFUSED = re.compile("stream ?capture", re.I)  # in the words of CUDA and of CuPy for what cannot be recorded
 
 
-pools: WeakSet[Any] = WeakSet()  # those of all graphs
+_graphs: WeakSet[Graph] = WeakSet()  # of a GPU
+
+
+def pools() -> list[Any]:
+    """Those from which the memory of graphs comes."""
+    return [graph._memory for graph in _graphs]
 
 
 class Graph:
@@ -54,7 +59,7 @@ class Graph:
 
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._memory = cupy.cuda.MemoryPool()
-            pools.add(self._memory)
+            _graphs.add(self)
 
     @contextlib.contextmanager
     def warming_up(self) -> Iterator[None]:
