@@ -125,7 +125,7 @@ def _built(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> Pa
 @cache
 def host_library(source: str) -> ctypes.CDLL:
     """A .cpp file of this folder as a shared library: what stands in for a library of NVIDIA's."""
-    options = [*FLAGS, "-O3", "-ffast-math"]
+    options = [*FLAGS, "-O3"]  # no -ffast-math: it would change how the whole process rounds
 
     def make(out: Path) -> None:
         _run([compiler(), *options, "-shared", str(FOLDER / source), "-o", str(out)], source)
