@@ -54,7 +54,7 @@ NANOCNN_THREADS sets the number of threads. A configuration that takes too long 
 MODELS = {"alexnet": "AlexNet", "resnet18": "ResNet-18"}
 QUICK = dict(data="shapes", width=0.25, batch_norm=True, batch=32, steps=33, seeds=1, bars=3)
 SMALL = dict(width=0.05, batch=2, steps=4)  # and that for the emulator
-CPU_ONLY = ("graph",)  # capture.py records the CPU's kernels
+COUNTED_OFF = {"graph": "off"}  # a graph launches the same kernels, and the emulator counts them as they are launched
 TEST_IMAGES = 1000
 BASE, TEXTBOOK = "everything on", "textbook"
 
@@ -248,8 +248,8 @@ def ablate(args: argparse.Namespace) -> None:
         raise ChoiceError(f"--use {policy[0]}: the policy is what is measured here; give name=choice")
     with nc.using(**fixed):  # an unknown name is an error now, and not in another process
         _entries(args.only)
-        if args.device != "cpu":
-            fixed = {**dict.fromkeys(CPU_ONLY, "off"), **fixed}
+        if args.device == "emulated":
+            fixed = {**COUNTED_OFF, **fixed}
         ladder = rungs(args.primitive, everything_on(fixed), args.device) if args.primitive else []
     try:
         nc.Tensor([0.0]).to(args.device)

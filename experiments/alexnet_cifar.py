@@ -209,7 +209,7 @@ def report(test, data, run, comm):
 
 if __name__ == "__main__":
     args = arguments()
-    comm = common.connect()
+    comm = common.connect(args.device)
     with common.plain_errors(comm):
         status = train(args, comm)
     sys.exit(status)

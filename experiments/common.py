@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import nanocnn as nc
+from nanocnn.capture import CaptureError
 from nanocnn.checkpoint import CheckpointError
 from nanocnn.data import Augment, Batch, DataError, DataSet, Loader
 from nanocnn.kernels import threads, tuned
 from nanocnn.kernels.cuda import device as gpu
 from nanocnn.kernels.cuda import device_memory, emulated
+from nanocnn.kernels.cuda.cublas import CublasError
+from nanocnn.kernels.cuda.graph import HostError
 from nanocnn.kernels.dispatch import DEVICES, ChoiceError, DeviceError, choices_in_force, parse_use, primitives
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
@@ -31,7 +34,7 @@ from nanocnn.record import RecordError
 from nanocnn.resume import Position
 from nanocnn.schedules import SCHEDULES
 from nanocnn.tensor import Op
-from nanocnn.train import NonFiniteLoss, evaluate, train_step
+from nanocnn.train import NonFiniteLoss, evaluate, graph, train_step
 
 # Peak learning rates at batch 128 with which each update rule learns; LARS scales by its trust coefficient of 0.001.
 LEARNING_RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adagrad": 1e-2, "lars": 5.0}
@@ -200,14 +203,14 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         nc.use(*policy, **choices)
     except ChoiceError as error:
         parser.error(f"--use: {error}")
+    if graph.value == "on" and launch is not None and launch.size > 1:
+        parser.error(f"--use graph=on: a recorded step is one of a process alone, and these are {launch.size} ranks")
     if args.loss_scale and precision.value != "fp16":
         parser.error(f"--loss-scale {args.loss_scale}: gradients of float32 need none; add --use precision=fp16")
     try:
         {"cpu": lambda: None, "cuda": gpu.check, "emulated": emulated.compiler}[args.device]()
     except DeviceError as error:
         parser.error(f"--device {args.device}: {error}")
-    if args.device != "cpu" and launch is not None and launch.size != 1:
-        parser.error(f"--device {args.device}: one process alone; several ranks train on the CPU")
     return args
 
 
@@ -357,13 +360,14 @@ def _help(args: argparse.Namespace, model: nc.nn.Module, batch: Batch, choices: 
 PLAIN_ERRORS: tuple[type[Exception], ...]
 PLAIN_ERRORS = (CheckpointError, ChoiceError, DataError, DeviceError, NonFiniteGradient, NonFiniteLoss)
 PLAIN_ERRORS += (RecordError, RunExists)
+PLAIN_ERRORS += (CaptureError, CublasError, HostError)  # of a step that cannot be recorded, and of NVIDIA's library
 PLAIN_ERRORS += (MemoryError,)  # to which shortage() adds who asked, and what takes less
 
 
-def connect() -> Comm:
+def connect(device: str = "cpu") -> Comm:
     """`nanocnn.parallel.connect()`, whose error is one line of rank 0 too."""
     try:
-        return nc.parallel.connect()
+        return nc.parallel.connect(device=device)
     except nc.parallel.ConnectError as error:
         launch = launched()
         if launch is None or not launch.rank:

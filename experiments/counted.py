@@ -17,9 +17,9 @@ import numpy as np
 
 import nanocnn as nc
 from nanocnn.data import DataSet
-from nanocnn.kernels import dispatch
+from nanocnn.kernels import dispatch, emulated_array
 from nanocnn.kernels.cuda.emulated import counting
-from nanocnn.kernels.dispatch import Emulated
+from nanocnn.kernels.emulated_array import Emulated
 
 from laboratory import Configuration, Laboratory, Row, Training, progress_of  # isort: skip  (beside this file)
 
@@ -96,48 +96,44 @@ class Calls:
 
 @contextmanager
 def numpy_counted() -> Iterator[Calls]:
-    """Count what NumPy does inside to arrays of the device, less what its functions call in turn, and views."""
-    found, inside = Calls(), False
+    """Count what NumPy does inside to arrays of the device: all that kernels/emulated_array.py hears of, less views."""
+    found = Calls()
+    made_by, of_ufunc, put = emulated_array._made_by, Emulated.__array_ufunc__, Emulated.__setitem__
 
-    def call(function: Any, args: Sequence[Any], kwargs: dict[str, Any], views: bool) -> Any:
-        nonlocal inside
-        outermost, inside = not inside, True
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            inside = not outermost
-        given = [_plain(a) for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
-        if outermost and not (views and any(np.may_share_memory(_plain(result), a) for a in given)):
-            found.calls += 1
-            found.bytes += sum(a.nbytes for a in [*given, result] if isinstance(a, np.ndarray | np.generic))
+    def add(*values: Any) -> None:
+        found.calls += 1
+        found.bytes += sum(a.nbytes for a in _arrays(values))
+
+    def counted_ufunc(self: Any, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        result = of_ufunc(self, ufunc, method, *inputs, **kwargs)
+        add(inputs, result)
         return result
 
-    def of_ufunc(self: Any, function: Any, method: str, *inputs: Any, out: Any = (), **kwargs: Any) -> Any:
-        if out:
-            kwargs["out"] = tuple(map(_plain, out))
-        where = {"where": _plain(kwargs.pop("where"))} if "where" in kwargs else {}
-        result = call(getattr(function, method), [*map(_plain, inputs)], {**kwargs, **where}, False)
-        if out:
-            return out[0] if len(out) == 1 else out
-        return tuple(map(_of_device, result)) if isinstance(result, tuple) else _of_device(result)
+    def counted_function(function: Any, args: tuple, kwargs: dict) -> Any:
+        result, given = made_by(function, args, kwargs), [*args, *kwargs.values()]
+        view = kwargs.get("out") is None and any(
+            np.may_share_memory(a, b) for a in _arrays(result) for b in _arrays(given)
+        )
+        if not view and function not in emulated_array.UNINITIALISED:
+            add(given, result)
+        return result
 
-    def of_function(self: Any, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return call(lambda *a, **k: np.ndarray.__array_function__(self, function, types, a, k), args, kwargs, True)
+    def counted_assignment(self: Any, index: Any, value: Any) -> None:
+        add(value, self.view(np.ndarray)[index])
+        put(self, index, value)
 
-    hooks = dict(__array_ufunc__=of_ufunc, __array_function__=of_function)
-    for name, hook in hooks.items():
-        setattr(Emulated, name, hook)
     try:
+        emulated_array._made_by = counted_function
+        Emulated.__array_ufunc__ = counted_ufunc  # type: ignore[method-assign,assignment]
+        Emulated.__setitem__ = counted_assignment  # type: ignore[method-assign]
         yield found
     finally:
-        for name in hooks:
-            delattr(Emulated, name)
+        emulated_array._made_by = made_by
+        Emulated.__array_ufunc__, Emulated.__setitem__ = of_ufunc, put  # type: ignore[method-assign]
 
 
-def _of_device(value: Any) -> Any:
-    """An array, also of a single number: so NumPy does with arrays of a kind of their own."""
-    return np.asarray(value).view(Emulated) if isinstance(value, np.ndarray | np.generic) else value
-
-
-def _plain(value: Any) -> Any:
-    return value.view(np.ndarray) if isinstance(value, Emulated) else value
+def _arrays(value: Any) -> list[np.ndarray]:
+    """NumPy's, in tuples and lists too."""
+    if isinstance(value, tuple | list):
+        return [a for v in value for a in _arrays(v)]
+    return [value.view(np.ndarray)] if isinstance(value, np.ndarray) else []

@@ -23,6 +23,7 @@ from rich.console import Console
 import nanocnn as nc  # before NumPy, whose BLAS reads at import what this sets in the environment
 from nanocnn.data import Batch, DataSet, Loader
 from nanocnn.kernels import dispatch
+from nanocnn.kernels.cuda import device_memory
 from nanocnn.machine import machine_facts
 from nanocnn.models import alexnet_cifar, resnet18
 from nanocnn.optim import SGD, decay_groups
@@ -193,9 +194,7 @@ def _peak(device: str) -> int:
     """The most bytes that this process has held: of its memory, or what CuPy's pool holds of the GPU's."""
     if device != "cuda":
         return peak_memory()
-    import cupy
-
-    return cupy.get_default_memory_pool().total_bytes()
+    return (device_memory.held() or {})["pool"]
 
 
 def _room(device: str) -> int:

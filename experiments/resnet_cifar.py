@@ -32,7 +32,7 @@ def make_resnet(args, data, width):
 
 if __name__ == "__main__":
     args = arguments()
-    comm = common.connect()
+    comm = common.connect(args.device)
     with common.plain_errors(comm):
         status = alexnet_cifar.train(args, comm, "ResNet-18", make_resnet)
     sys.exit(status)

@@ -105,7 +105,7 @@ def to_device(array: Any, device: str):
     import cupy
 
     try:
-        return cupy.asarray(array)
+        return cupy.asarray(array, order="C")  # as kernels want it, whatever NumPy has
     except MemoryError as error:
         error.add_note(f"an array to be moved to the device: {describe((array,), {})}")
         raise

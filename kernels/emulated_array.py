@@ -35,6 +35,7 @@ class Emulated(np.ndarray):
             _refuse_the_hosts(ufunc.__name__, inputs)
         function = getattr(ufunc, method)
         plain, into = _plain(inputs), _plain(out)
+        kwargs = {name: _plain(a) for name, a in kwargs.items()}
         if out or method == "at":
             change(lambda: function(*plain, **kwargs, **({"out": into} if out else {})))
             return out[0] if len(out) == 1 else (out or None)
@@ -48,6 +49,9 @@ class Emulated(np.ndarray):
         return _made_by(function, args, kwargs)
 
     def __getitem__(self, index: Any) -> Any:
+        if recording is not None:
+            _refuse_the_hosts("an index", index if isinstance(index, tuple) else (index,))
+            _refuse_masks(index)
         found = super().__getitem__(index)
         if not isinstance(found, np.ndarray):  # a number; as an array of no axes it is a place
             return super().__getitem__((*(index if isinstance(index, tuple) else (index,)), ...))
@@ -58,7 +62,7 @@ class Emulated(np.ndarray):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if recording is not None:
-            _refuse_the_hosts("an assignment", (value,))
+            _refuse_the_hosts("an assignment", (value, *(index if isinstance(index, tuple) else (index,))))
         change(lambda: operator.setitem(_plain(self), _plain(index), _plain(value)))
 
     # ---------------------------------------------------------------- what the host may look at
@@ -91,6 +95,12 @@ class Emulated(np.ndarray):
     def __index__(self) -> int:
         return operator.index(self._seen())
 
+    def __complex__(self) -> complex:
+        return complex(self._seen())
+
+    def __format__(self, how: str) -> str:
+        return format(self._seen(), how)
+
 
 def _method(name: str) -> Callable[..., Any]:
     numpys = getattr(np.ndarray, name)
@@ -111,10 +121,13 @@ def _perhaps_a_view(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("argmax", "argmin", "astype", "copy", "fill", "flatten", "nonzero", "repeat", "take"):
-    setattr(Emulated, _name, _method(_name))  # NumPy's own would ask nobody
-for _name in ("reshape", "ravel"):
-    setattr(Emulated, _name, _perhaps_a_view(_name))
+# Methods that NumPy computes without asking anybody; but for those that are views, look at values, or are ufuncs' own.
+VIEWS = ("diagonal", "getfield", "squeeze", "swapaxes", "transpose", "view")
+HOSTS = ("dump", "dumps", "get", "item", "setflags", "tobytes", "tofile", "tolist", "to_device")
+UFUNCS = ("all", "any", "max", "mean", "min", "prod", "std", "sum", "var")
+for _name, _numpys in vars(np.ndarray).items():
+    if not _name.startswith("_") and callable(_numpys) and _name not in (*VIEWS, *HOSTS, *UFUNCS):
+        setattr(Emulated, _name, _perhaps_a_view(_name) if _name in ("reshape", "ravel") else _method(_name))
 
 
 class EmulatedNumPy:
@@ -137,7 +150,8 @@ class EmulatedNumPy:
 
 
 SENDING = (np.array, np.asarray, np.ascontiguousarray)  # what the host has, to the device
-IN_PLACE = (np.copyto, np.ndarray.fill, np.put, np.putmask)
+IN_PLACE = (np.copyto, np.put, np.putmask, np.ndarray.fill, np.ndarray.put, np.ndarray.sort, np.ndarray.partition)
+BY_VALUES = ("argwhere", "compress", "extract", "flatnonzero", "nonzero", "unique")  # by whose values the shape goes
 UNINITIALISED = (np.empty, np.empty_like)
 
 emulated_numpy = EmulatedNumPy()
@@ -163,8 +177,8 @@ def _plain(x: Any) -> Any:
 
 
 def _wrapped(x: Any) -> Any:
-    """NumPy's arrays and numbers as arrays of the device, also in tuples."""
-    if isinstance(x, tuple):
+    """NumPy's arrays and numbers as arrays of the device, also in tuples and lists."""
+    if isinstance(x, tuple | list):
         return tuple(map(_wrapped, x))
     return np.asarray(x).view(Emulated) if isinstance(x, np.ndarray | np.generic) else x
 
@@ -197,6 +211,10 @@ def _made_by(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     def compute() -> Any:
         return function(*arguments, **named)
 
+    if recording is not None:
+        if getattr(function, "__name__", "") in BY_VALUES:
+            raise HostError(f"{function.__name__}: how much it finds depends on values, {UNKNOWN}")
+        _refuse_the_hosts(getattr(function, "__name__", "a function"), (*args, *kwargs.values()))
     if function in IN_PLACE or kwargs.get("out") is not None:
         change(compute)
         return kwargs.get("out")
@@ -215,9 +233,21 @@ def _copy(found: Any, room: list[np.ndarray]) -> None:
         np.copyto(y, x)
 
 
+UNKNOWN = "which are not there while what the device does is recorded"
+
+
+def _refuse_masks(index: Any) -> None:
+    """Raise HostError if an array of truth values chooses: nobody knows how many."""
+    for i in index if isinstance(index, tuple) else (index,):
+        if isinstance(i, Emulated) and i.dtype == bool and i.ndim:
+            raise HostError(f"x[mask]: how many numbers that are depends on values, {UNKNOWN}")
+
+
 def _refuse_the_hosts(what: str, values: tuple, even_numbers: bool = False) -> None:
     """Raise HostError if an array of the host's is among the values: it would be recorded with what it holds now."""
     for x in values:
+        if isinstance(x, tuple | list) and not even_numbers:
+            _refuse_the_hosts(what, tuple(x))
         if isinstance(x, np.ndarray) and not isinstance(x, Emulated) and (x.ndim or even_numbers):
             raise HostError(
                 f"{what} sends an array of the host's ({x.dtype}{list(x.shape)}) to the device while what that does "

@@ -48,7 +48,20 @@ from .arena import Life, arrange
 from .capture_on_device import CapturedOnDevice
 from .kernels import dispatch, memory
 from .kernels.dispatch import describe, device_of
-from .tape import Call, CaptureError, Output, Place, Tape, arrays_in, as_array, checked, each, key_of, those_in
+from .tape import (
+    Call,
+    CaptureError,
+    Output,
+    Place,
+    Tape,
+    arrays_in,
+    arrays_like,
+    as_array,
+    checked,
+    each,
+    key_of,
+    those_in,
+)
 from .tensor import Tensor
 from .trial import Trial
 
@@ -72,12 +85,7 @@ class Captured:
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function would return for these inputs. Raises CaptureError on another shape or dtype."""
-        arrays = [as_array(x) for x in inputs]
-        if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in self.inputs]:
-            raise CaptureError(
-                f"captured for {describe(tuple(self.inputs), {})}, called with {describe(tuple(arrays), {})}: "
-                "capture the function once more, for these"
-            )
+        arrays = arrays_like(self.inputs, inputs)
         with self._lock, dispatch.put_in_force(self._choices):
             for here, x in zip(self.inputs, arrays, strict=True):
                 np.copyto(here, x)
@@ -97,9 +105,10 @@ def capture(function: Callable[..., Any], *inputs: Any) -> Captured | CapturedOn
     """Record what `function(*inputs)` does, for tensors or arrays; for those of a GPU as a CUDA graph.
 
     The function takes one tensor for each input and returns a tensor, or a tuple of them. It is run four times: to
-    compile, to record, and twice to compare; what primitives change in place (running statistics, weights) is put back
-    afterwards, and gradients are left as those of the example. Raises CaptureError if it does anything besides calling
-    kernels that depends on the values of its inputs, such as a random draw of its own; dropout draws new masks.
+    compile, to record, and twice to compare (on a GPU twice: to compile and compare, and to record). What primitives
+    change in place (running statistics, weights) is put back afterwards, and gradients are left as those of the
+    example. Raises CaptureError if it does anything besides calling kernels that depends on the values of its inputs,
+    such as a random draw of its own; dropout draws new masks.
     """
     arrays = [as_array(x) for x in inputs]
     dispatch.demand_one_device("capture", arrays)

@@ -107,9 +107,12 @@ class Optimizer:
     def control(self) -> Any:
         """The array on the device from which `apply` reads learning rate, step and loss scale; see multi_tensor.py."""
         rows = [self.columns(p.hyper["lr"] / self.lr if self.lr else 1.0, p.hyper) for p in self.parts]
-        if self._numbers is None or self._numbers[0] != rows:
-            xp = xp_of(self.buckets[0].data)
+        xp = xp_of(self.buckets[0].data)
+        if self._numbers is None:
             self._numbers = rows, xp.array(rows, dtype=float), xp.zeros(5)
+        elif self._numbers[0] != rows:  # in place: a recorded step reads them there
+            self._numbers[1][...] = xp.array(rows, dtype=float)
+            self._numbers = rows, *self._numbers[1:]
         return self._numbers[2]
 
     def apply(self, found: Any = None) -> None:

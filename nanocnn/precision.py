@@ -25,6 +25,7 @@ from . import tensor
 from .buckets import Bucket
 from .kernels import dispatch, half
 from .kernels.dispatch import Switch, aside, span, xp_of
+from .kernels.multi_tensor import LARGEST
 from .kernels.update import unscale_
 from .tensor import Op, Tensor
 
@@ -98,8 +99,9 @@ class LossScaler:
             finite = all(unscale_(bucket.grad, 1 / self.scale) for bucket in buckets)
         if finite:
             self.good += 1
-            if self.dynamic and self.good == self.interval:
-                self.scale, self.good = self.scale * self.growth, 0
+            if self.dynamic and self.good >= self.interval:
+                grown, self.good = self.scale * self.growth, 0
+                self.scale = grown if grown <= LARGEST else self.scale
             return True
         if self.scale <= self.floor:
             raise self.refusal(self.scale)

@@ -72,6 +72,7 @@ class RecordedStep:
 
     def __call__(self, batch: Batch, lr: float) -> Told:
         """Take the step, and tell the optimiser and the scaler of the host what they are now."""
+        self.optimizer.control()  # its hyper-parameters may have changed
         self._write()
         self.control[LR : LR + 1] = to_device(np.array([lr]), self.device)
         loss, correct, overflowed, *control = self._step(batch.x, batch.y).numpy().tolist()

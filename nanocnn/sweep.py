@@ -101,6 +101,8 @@ def _try(trial: Trial, p: Primitive, variant: Variant, args: tuple, want: Sequen
         trial.note = str(error)
         return
     trial.error = error_of(got, want)
+    if not trial.launches:
+        trial.note = f"launches no kernel of a .cu file; error {trial.error:.0e}"
     if device == "cuda":
         trial.seconds = seconds_by_events(lambda: variant.body(*args))
 

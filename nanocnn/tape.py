@@ -264,3 +264,14 @@ def checked(y: Any) -> Any:
     if isinstance(y, Tensor) or (isinstance(y, tuple) and all(isinstance(item, Tensor) for item in y)):
         return y
     raise CaptureError(f"a captured function returns a tensor or a tuple of tensors, not {type(y).__name__}")
+
+
+def arrays_like(example: list[Any], inputs: tuple) -> list[Any]:
+    """The inputs as arrays. Raises CaptureError on other shapes or dtypes than the example's."""
+    arrays = [as_array(x) for x in inputs]
+    if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in example]:
+        raise CaptureError(
+            f"captured for {describe(tuple(example), {})}, called with {describe(tuple(arrays), {})}: "
+            "capture the function once more, for these"
+        )
+    return arrays

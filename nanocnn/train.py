@@ -118,7 +118,8 @@ def _recorded_step(
     """The same on a device, in one piece (recorded_step.py)."""
     scale, make = scaler.scale, partial(RecordedStep, forward_backward, optimizer, scaler, model.device, batch)
     with random.keyed(batch.epoch, batch.index):
-        step = _kept(model, batch, make, averager, label_smoothing, optimizer, scaler, batch.global_size)
+        rule = scaler.enabled, scaler.dynamic, scaler.growth, scaler.backoff, scaler.interval, scaler.floor
+        step = _kept(model, batch, make, averager, label_smoothing, optimizer, scaler, batch.global_size, rule)
         told = step(batch, lr)
     _check_loss(told.loss, model, batch, lr, label_smoothing, averager.comm)
     if told.overflowed and (not scaler.enabled or scale <= scaler.floor):
@@ -192,7 +193,7 @@ _recordings: WeakKeyDictionary[Module, tuple[list, Any]] = WeakKeyDictionary()  
 def _kept(model: Module, batch: Batch, make: Callable[[], Any], *made_with: Any) -> Any:
     """What `make` records: once for each model, and anew if anything has changed that is not in the arrays."""
     key: list[Any] = [batch.x.shape, batch.x.dtype, batch.y.shape, batch.y.dtype]
-    key += [*(x if isinstance(x, int | float) else _Same(x) for x in made_with), dispatch.choices_in_force()]
+    key += [*(x if isinstance(x, int | float | tuple) else _Same(x) for x in made_with), dispatch.choices_in_force()]
     for _, module in model.named_modules():
         key += [module.training, *((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))]
     key += [_Same(x) for p in model.parameters() for x in (p, p.data, p.grad_buffer, p.requires_grad)]

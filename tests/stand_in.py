@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import importlib.metadata
 import sys
 import types
 from typing import Any
@@ -25,6 +26,7 @@ class Array:
         self.nbytes = self.size * self.dtype.itemsize
         self.data = types.SimpleNamespace(ptr=id(self))
         self.device = types.SimpleNamespace(id=number)
+        self.flags = types.SimpleNamespace(c_contiguous=True)
 
 
 Array.__module__ = "cupy"
@@ -78,7 +80,8 @@ class Cupy(types.ModuleType):
             nvrtc=types.SimpleNamespace(getVersion=lambda: (runtime // 1000, 0)),
         )
 
-    def asarray(self, array: np.ndarray) -> Array:
+    def asarray(self, array: np.ndarray, order: str = "K") -> Array:
+        assert order == "C", "kernels take no other"
         return Array(array.shape, array.dtype, self.current)
 
 
@@ -88,6 +91,13 @@ def stand_in(monkeypatch: Any, folder: Any, driver: int = 13000, wheels: Any = (
         info = folder / f"{name.replace('-', '_')}-14.2.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 14.2.0\n")
+
+    def version(package: str) -> str:  # of what is installed in that folder alone
+        for found in importlib.metadata.distributions(name=package, path=[str(folder)]):
+            return found.version
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.syspath_prepend(folder)
     load = ctypes.CDLL
 
@@ -97,11 +107,11 @@ def stand_in(monkeypatch: Any, folder: Any, driver: int = 13000, wheels: Any = (
         if not driver:
             raise OSError(f"{name}: cannot open shared object file")
 
-        def version(number: Any) -> int:
+        def asked(number: Any) -> int:
             number._obj.value = driver  # ctypes.byref's
             return 0
 
-        return types.SimpleNamespace(cuDriverGetVersion=version)
+        return types.SimpleNamespace(cuDriverGetVersion=asked)
 
     monkeypatch.setattr(ctypes, "CDLL", library)
     cupy = Cupy(**facts)

@@ -56,6 +56,15 @@ def test_sums_of_halves_are_made_in_fp32():
         assert float(matmul(ones, ones.T)[0, 0]) == 4096
 
 
+def test_tf32_keeps_ten_binary_places():
+    """Of 1 + 2^-10 + 2^-12 the last is lost, which has no place there."""
+    x = to_device(np.array([[1 + 2**-10 + 2**-12]], np.float32), "emulated")
+    one = to_device(np.ones((1, 1), np.float32), "emulated")
+    for choice, want in (("off", 1 + 2**-10 + 2**-12), ("on", 1 + 2**-10)):
+        with using(matmul="cublas", tf32=choice):
+            assert float(matmul(x, one)[0, 0]) == want
+
+
 def test_the_epilogue():
     rng = np.random.default_rng(0)
     a, b = (matrix(rng, (), 6, 6, "float32", False) for _ in range(2))

@@ -12,12 +12,14 @@ import nanocnn as nc
 from nanocnn.kernels.cuda import device
 from nanocnn.kernels.cuda.device import DeviceError, check
 from nanocnn.kernels.cuda.device_memory import held, shortage, watched
+from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import ChoiceError, to_device, using
 from nanocnn.kernels.matmul import matmul
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_known():
+    forget()
     yield
     forget()
 
@@ -111,6 +113,48 @@ def test_tensor_rungs_need_ampere(capability, able, monkeypatch, tmp_path):
                 matmul.choose(a, b)
 
 
+def test_a_kernel_that_finds_no_headers_says_what_brings_them(monkeypatch, tmp_path):
+    class CompileException(Exception):
+        """As CuPy's."""
+
+    class RawModule:
+        def __init__(self, code, options):
+            assert "relu" in code
+            assert "-DREAL=float" in options
+
+        def get_function(self, name):
+            raise CompileException(said)
+
+    cupy = stand_in(monkeypatch, tmp_path)
+    cupy.RawModule, cupy.cuda.compiler = RawModule, types.SimpleNamespace(CompileException=CompileException)
+    relu = Kernel("elementwise.cu", "relu")
+    arguments = [Array((4,)) if p.pointer else 4 for p in relu.signature.parameters]
+    said = 'ptx.cuh(5): catastrophic error: cannot open source file "cuda_fp16.h"'
+    with pytest.raises(DeviceError, match=r"no headers of CUDA \(cuda_fp16.h\).*\[cuda13\].*CUDA_PATH"):
+        relu((1,), (32,), *arguments)
+    said = "elementwise.cu(9): error: expected a ';'"
+    with pytest.raises(CompileException, match="expected a ';'"):
+        relu((1,), (32,), *arguments)
+
+
+def test_what_a_kernel_is_given_on_a_gpu(monkeypatch, tmp_path):
+    class RawModule:
+        def __init__(self, code, options):
+            pass
+
+        def get_function(self, name):
+            return lambda grid, block, arguments, shared_mem: cupy.said.append((name, grid, block, *arguments))
+
+    cupy = stand_in(monkeypatch, tmp_path)
+    cupy.RawModule = RawModule
+    y, bias = Array((6, 4)), Array((4,))
+    Kernel("elementwise.cu", "epilogue")((1,), (32,), y, bias, None, 1, 4, 24)
+    ((name, grid, block, *given, residual, relu, channels, count),) = cupy.said
+    assert (name, grid, block, given) == ("epilogue", (1, 1, 1), (32, 1, 1), [y, bias])
+    assert (residual, residual.nbytes) == (0, 8)  # a null pointer: of None some versions of CuPy make another address
+    assert [(a, a.dtype) for a in (relu, channels, count)] == [(1, np.int32), (4, np.int32), (24, np.int64)]
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -159,7 +203,7 @@ def test_backward_says_who_it_was_too():
 
 
 def test_what_is_moved_without_room_is_named(monkeypatch, tmp_path):
-    def none(array):
+    def none(array, order):
         raise TooMuch(array.nbytes, 0)
 
     cupy = stand_in(monkeypatch, tmp_path)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from launch import NEEDS_GXX, ROOT, alone
 
 from nanocnn.kernels import dispatch
+from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import Primitive, xp_of
 
 sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
@@ -22,19 +25,16 @@ EMULATED = Context("emulated", quick=True)
 
 @NEEDS_GXX
 def test_sections_run_one_by_one_and_leave_two_reports(tmp_path):
-    words = ["--device", "emulated", "--quick", "--only", "copies", "graph", "--out"]
+    words = ["--device", "emulated", "--quick", "--only", "copies", "launches", "--out"]
     done = alone(ROOT / "experiments" / "gpu_proof.py", *words, tmp_path, timeout=120)
     assert done.status == 0, done.output
     told = json.loads((tmp_path / "gpu_proof.json").read_text())
-    assert list(told["sections"]) == ["copies", "graph"]
+    assert list(told["sections"]) == ["copies", "launches"]
     assert told["sections"]["copies"]["rows"] == [{"what": "copies", "note": "needs a GPU"}]
-    (row,) = told["sections"]["graph"]["rows"]
-    assert row["steps"] == 4
-    assert row.get("ok") or "no graph on this device yet" in row["note"]
     assert told["machine"]["processor"]
     text = (tmp_path / "gpu_proof.txt").read_text()
     assert "passed  copies: 1 row" in text
-    assert "== graph: a step as a graph against the same step op by op" in text
+    assert "== launches: what a launch costs the host" in text
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_proof.json", "gpu_proof.txt"}
 
 
@@ -72,7 +72,9 @@ def test_reports_say_what_failed():
 def test_differences():
     x = np.array([1.0, 4.0, np.nan, np.inf])
     assert correct.difference([x], [x]) == 0
-    assert correct.difference([np.array([1.0, 3.0])], [np.array([1.0, 4.0])]) == 0.25
+    half = np.array([1.0, 3.0], np.float16)
+    assert correct.difference([half], [np.array([1.0, 4.0])]) == 0.25 / correct.TOLERANCES["float16"]
+    assert correct.difference([half.astype(np.float64)], [np.array([1.0, 4.0])]) == 0.25 / 1e-11
     assert correct.difference([np.array([1.0, np.nan])], [np.array([1.0, 4.0])]) == np.inf
     assert correct.difference([np.array([1, 2])], [np.array([1, 3])]) == np.inf
     assert correct.difference([np.zeros(2)], [np.zeros(3)]) == np.inf
@@ -81,7 +83,7 @@ def test_differences():
 @pytest.fixture
 def planted(monkeypatch):
     """A primitive with three kernels, of which one is right."""
-    primitives = dict(dispatch.primitives)
+    primitives = dispatch.primitives
 
     @Primitive
     def planted_double(x):
@@ -106,7 +108,7 @@ def planted(monkeypatch):
     calls = {"planted_double": lambda rng, dtype: [((rng.standard_normal(n).astype(dtype),), {}) for n in (5, 6)]}
     monkeypatch.setattr(correct, "example_calls", lambda: calls)
     yield
-    dispatch.primitives = primitives
+    del primitives["planted_double"]
 
 
 def test_a_wrong_kernel_is_found(planted):
@@ -114,4 +116,46 @@ def test_a_wrong_kernel_is_found(planted):
     assert len(rows) == 9  # of three dtypes
     for row in rows:
         assert row["ok"] == (row["kernel"] == "planted_double=right"), row
-    assert next(r["error"] for r in rows if "leaves" in r["kernel"]) == np.inf
+    assert next(r["of_allowed"] for r in rows if "leaves" in r["kernel"]) == np.inf
+
+
+def test_all_that_a_gpu_needs_is_compiled_at_once(monkeypatch):
+    built = set()
+    monkeypatch.setattr(Kernel, "_for_the_gpu", lambda kernel, defines, shared: built.add((kernel.file, defines)))
+    assert correct.build_for_gpu() == len(built)
+    assert {(file, defines) for file, defines in built if file == "gemm.cu"} == {("gemm.cu", ())}
+    assert {defines for file, defines in built if file == "elementwise.cu"} == {
+        (("REAL", real),) for real in ("float", "double", "half")
+    }
+    assert {file for file, _ in built} == {path.name for path in correct.FOLDER.glob("*.cu")}
+
+
+@NEEDS_GXX
+def test_what_numba_compiles_is_no_business_of_the_sanitizer():
+    kernels = {
+        f"{p.name}={v.name}" for p, v, _, _ in correct.on_device(Context("emulated", quick=True, sanitized=True))
+    }
+    assert "matmul=cuda_tiled" in kernels
+    assert not any("numba" in kernel for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, dict(ok=True, note="")),
+        ("========= Invalid __global__ write of size 4 bytes\n=========  at relu", 9, dict(ok=False)),
+        ("========= Target application returned an error", 1, dict(ok=False)),
+        ("========= COMPUTE-SANITIZER", None, dict(note="ended at its limit; COMPUTE-SANITIZER")),
+        ("========= Invalid __shared__ read of size 4 bytes", None, dict(ok=False)),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path, words, status, expected):
+    (tmp_path / "words").write_text(words)
+    (tmp_path / "kernels.jsonl").write_text("{}\n{}\n")
+    code = "import time; time.sleep(60)" if status is None else f"raise SystemExit({status})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    context = Context("cuda", True, time.monotonic() + (3 if status is None else 60))
+    row = correct.told(context, "memcheck", process, tmp_path)
+    assert row["checks"] == 2
+    assert {name: row.get(name) for name in expected} == expected
+    assert ("ok" in row) == ("ok" in expected)

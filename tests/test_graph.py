@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import types
+
 import numpy as np
 import pytest
 from launch import NEEDS_GXX
@@ -90,6 +94,12 @@ MAKES = {
     "a product": lambda x, xp: x @ x.T,
     "one number": lambda x, xp: x[1, 0] * 2,
     "numbers of a row": lambda x, xp: sum(x[0]),
+    "dot": lambda x, xp: x.dot(x),
+    "trace": lambda x, xp: x.trace(),
+    "argsort": lambda x, xp: x.argsort(axis=1),
+    "round": lambda x, xp: x.round(),
+    "split": lambda x, xp: xp.split(x * 1, 2)[1],
+    "where of a ufunc": lambda x, xp: np.add(x, 1, where=x > 0, out=xp.zeros_like(x)),
 }
 
 
@@ -106,8 +116,8 @@ def test_what_is_made_is_made_anew_by_each_launch(what):
 
 @pytest.mark.parametrize(
     "look",
-    [float, int, bool, lambda x: x.item(), lambda x: x.tolist(), lambda x: x.get(), lambda x: [1, 2][x]],
-    ids=["float", "int", "bool", "item", "tolist", "get", "index"],
+    [float, int, bool, complex, lambda x: x.item(), lambda x: x.tolist(), lambda x: x.get(), lambda x: [1, 2][x]],
+    ids=["float", "int", "bool", "complex", "item", "tolist", "get", "index"],
 )
 def test_the_host_cannot_look(look):
     x = there(1, dtype=np.int64)
@@ -124,8 +134,11 @@ def test_the_host_cannot_look(look):
         lambda x: to_device(np.ones(2), "emulated"),
         lambda x: xp_of(x).asarray([1, 2]),
         lambda x: xp_of(x).asarray(1.5),
+        lambda x: x[np.array([1, 0])],
+        lambda x: xp_of(x).concatenate([x, np.ones((1, 2))]),
+        lambda x: xp_of(x).take(x, np.array([1, 0])),
     ],
-    ids=["operator", "assignment", "to_device", "list", "number"],
+    ids=["operator", "assignment", "to_device", "list", "number", "index", "in a list", "take"],
 )
 def test_the_host_cannot_send(send):
     x = there([[1, 2], [3, 4]])
@@ -288,3 +301,99 @@ def test_what_python_knows_is_not_recorded_without_notice():
 
     with pytest.raises(CaptureError, match=r"does not compute what the function does: .* 3 numbers differ"):
         nc.capture(counts, there([1, 2, 3]))
+
+
+class GPU:
+    """Stands in for what of CuPy a graph asks: it says what it was asked, and ends no recording that has failed."""
+
+    def __init__(self, monkeypatch):
+        self.said, self.failed = [], False
+        self.get_current_stream = lambda: self.of("current")
+        self.Stream = lambda non_blocking: self.of("own")
+        self.MemoryPool = lambda: types.SimpleNamespace(malloc=None)
+        self.using_allocator = lambda malloc: contextlib.nullcontext()
+        cupy = types.ModuleType("cupy")
+        cupy.cuda = self
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def of(self, name):
+        gpu = self
+
+        class Stream(contextlib.nullcontext):
+            def record(self):
+                return f"end of {name}"
+
+            def wait_event(self, event):
+                gpu.said.append(f"{name} waits for {event}")
+
+            def begin_capture(self):
+                gpu.said.append("begin")
+
+            def end_capture(self):
+                gpu.said.append("end")
+                if gpu.failed:
+                    raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+                return types.SimpleNamespace(launch=lambda stream: gpu.said.append("launch"))
+
+        return Stream()
+
+
+def test_a_gpu_records_between_waits(monkeypatch):
+    gpu = GPU(monkeypatch)
+    graph = Graph("cuda")
+    with graph.recording():
+        gpu.said.append("work")
+    graph.launch()
+    waits = "own waits for end of current", "current waits for end of own"
+    assert gpu.said == [waits[0], "begin", "work", "end", waits[1], "launch"]
+
+
+@pytest.mark.parametrize("invalid", [False, True])
+def test_of_a_recording_that_failed_on_a_gpu_nothing_is_left(monkeypatch, invalid):
+    gpu = GPU(monkeypatch)
+    graph, gpu.failed = Graph("cuda"), invalid
+    with pytest.raises(ZeroDivisionError), graph.recording():
+        _ = 1 / 0
+    assert gpu.said[-1] == "end"
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
+        graph.launch()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing",
+        "calling cuBLAS API during stream capture is currently unsupported",  # CuPy's own refusal
+    ],
+)
+def test_what_a_gpu_refuses_to_record_is_the_same_error_as_on_the_emulator(monkeypatch, words):
+    gpu = GPU(monkeypatch)
+    graph, gpu.failed = Graph("cuda"), True
+    with pytest.raises(HostError, match=f"while a graph was recorded: {words}"), graph.recording():
+        raise RuntimeError(words)
+
+
+SHAPED_BY_VALUES = {
+    "a mask": lambda x, xp: x[x > 0],
+    "nonzero": lambda x, xp: x.nonzero(),
+    "flatnonzero": lambda x, xp: xp.flatnonzero(x),
+    "unique": lambda x, xp: xp.unique(x),
+}
+
+
+@pytest.mark.parametrize("what", SHAPED_BY_VALUES)
+def test_what_is_as_large_as_values_say_cannot_be_recorded(what):
+    x = there([[1, 0], [2, 0]])
+    with pytest.raises(HostError, match="depends on values, which are not there"):
+        recorded(lambda: SHAPED_BY_VALUES[what](x, xp_of(x)))
+    assert len(SHAPED_BY_VALUES[what](x, xp_of(x)))
+
+
+def test_hyper_parameters_of_a_recorded_step_may_change():
+    eager, recorded_ = Training("off"), Training("on")
+    for i, batch in enumerate(batches()):
+        for training in (eager, recorded_):
+            for part in training.optimizer.parts:
+                part.hyper |= dict(weight_decay=0.1 * i, momentum=0.9 / (i + 1))
+            training.step(batch)
+    assert_alike(eager, recorded_)

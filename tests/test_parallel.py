@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, alone, finish, ranks, start, start_ranks
+from launch import NEEDS_GXX, PROGRAMS, alone, finish, ranks, start, start_ranks
 
 from nanocnn.buckets import make_buckets
 from nanocnn.parallel import Alone, GradientAverager, StopRequest, average_buffers, broadcast_parameters
@@ -270,3 +270,14 @@ def test_stop_request_gives_the_handlers_back():
         assert stop.agreed(Alone())
         assert stop.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---------------------------------------------------------------- on devices
+
+
+@NEEDS_GXX
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_on_a_device_are_equal_to_one_process(n):
+    outcome = ranks(n, "devices.py")
+    assert outcome.status == 0, outcome.output
+    assert "all checked" in outcome.output

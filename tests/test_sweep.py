@@ -7,6 +7,7 @@ import pytest
 from launch import NEEDS_GXX, alone
 
 from nanocnn import sweep
+from nanocnn.__main__ import main
 from nanocnn.bench import BenchError
 from nanocnn.kernels.cuda import gemm, softmax
 from nanocnn.kernels.cuda.launch import Kernel, launches
@@ -121,17 +122,16 @@ def test_the_command():
     assert "WRONG" not in outcome.output
 
 
-def test_what_cannot_be_swept():
+def test_what_cannot_be_swept(capsys):
     with pytest.raises(BenchError, match="layer_norm has no CUDA kernel"):
         sweep.sweep("layer_norm", np.ones((2, 3), np.float32))
-    outcome = alone(*SOFTMAX, "--sweep")
-    assert outcome.status == 2
-    assert "--sweep is for launches of CUDA kernels: choose --device emulated" in outcome.output
+    bench = SOFTMAX[2:]
+    assert main([*bench, "--sweep"]) == 2
+    assert "--sweep is for launches of CUDA kernels: choose --device emulated" in capsys.readouterr().err
+    assert main([*bench, "--device", "cuda"]) == 2
+    assert "--device cuda measures launches only, with --sweep" in capsys.readouterr().err
     try:
         to_device(np.ones(1), "cuda")
     except DeviceError:
-        outcome = alone(
-            "-m", "nanocnn", "bench", "softmax", "--size", "4", "--batch", "2", "--sweep", "--device", "cuda"
-        )
-        assert outcome.status == 2
-        assert "bench: cannot use the device 'cuda'" in outcome.output
+        assert main([*bench, "--sweep", "--device", "cuda"]) == 2
+        assert "bench: cannot use the device 'cuda'" in capsys.readouterr().err

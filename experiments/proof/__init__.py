@@ -17,11 +17,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a section is told: the device, whether it is to be short, and when (by time.monotonic()) it is ended."""
+    """What a section is told: the device, whether it is to be short, and when (by time.monotonic()) it is ended.
+
+    `sanitized`: it runs under compute-sanitizer, for which each array has memory of its own, so that it sees its ends.
+    """
 
     device: str
     quick: bool
     end: float = math.inf
+    sanitized: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -35,7 +39,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Section:
-    """`seconds`: after so many it is ended; the rows that it yielded until then count."""
+    """`seconds`: after so many, and what the sections before it have left of theirs, it is ended; the rows that it
+    yielded until then count."""
 
     name: str
     seconds: float

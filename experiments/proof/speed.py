@@ -87,7 +87,7 @@ def _counted_ladder(name: str, dtype: str, sizes: dict[str, int]) -> Iterator[Ro
             row: Row = dict(ladder=name, dtype=dtype, variant=c.variant, sectors=c.report.total("global").units)
             yield row | dict(turns=c.report.total("shared").units, barriers=c.report.barriers, error=c.error)
         elif c.note != "cannot do this call":
-            yield dict(ladder=name, dtype=dtype, variant=c.variant, ok=False, note=c.note)
+            yield dict(ladder=name, dtype=dtype, variant=c.variant, note=c.note)
 
 
 def _timed_ladder(name: str, dtype: str, large: dict[str, Any], top: dict[str, float]) -> Iterator[Row]:

@@ -10,6 +10,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ def check() -> None:
         )
     driver = _drivers_cuda()
     if importlib.util.find_spec("cupy") is None:
-        first = "" if driver else f"there is no NVIDIA driver ({DRIVER}) either: install that first. Then "
-        raise _error("CuPy is not installed", first + install(_extra(driver)))
+        if driver:
+            raise _error("CuPy is not installed", install(_extra(driver)))
+        raise _error(
+            f"CuPy is not installed, and there is no NVIDIA driver ({DRIVER})",
+            "install the driver, on Ubuntu by sudo ubuntu-drivers install (a container must be given the GPU: "
+            f"docker run --gpus all ...), then {install(_extra(driver))}",
+        )
     if not driver:
         raise _error(
             f"there is no NVIDIA driver that can be loaded ({DRIVER})",
@@ -82,6 +88,15 @@ def copies_asynchronously(x: Any) -> bool:
     if device_of(x) != "cuda":
         return True
     return _capability(x.device.id) >= ASYNCHRONOUS
+
+
+def check_headers(error: str) -> None:
+    """Raise DeviceError if a compiler's error is for want of CUDA's headers, which CuPy's wheels do not bring."""
+    if found := re.search(r"""(?:cannot|could not) open source file "?(cuda\w+\.h)""", error):
+        raise _error(
+            f"CuPy finds no headers of CUDA ({found[1]})",
+            f"{install(_extra(_drivers_cuda()))}, or name CUDA's folder in the variable CUDA_PATH",
+        )
 
 
 # ------------------------------------------------------------------ the steps

@@ -14,18 +14,22 @@ import re
 from collections.abc import Iterator
 
 from ..dispatch import choices_in_force
-from . import device
+from . import device, graph
 
 
 def held() -> dict[str, int] | None:
-    """Bytes of the current GPU: `in_use` by arrays, `pool`, `free` for all, `total`. None if no GPU was used."""
+    """Bytes of the current GPU: `in_use` by arrays, `pool`, `free` for all, `total`. None if no GPU was used.
+
+    A recorded step has a pool of its own, which is counted with the common one.
+    """
     if not device.used():
         return None
     import cupy
 
-    pool = cupy.get_default_memory_pool()
+    pools = [cupy.get_default_memory_pool(), *graph.pools()]
     free, total = cupy.cuda.runtime.memGetInfo()
-    return dict(in_use=pool.used_bytes(), pool=pool.total_bytes(), free=free, total=total)
+    in_use, pool = sum(p.used_bytes() for p in pools), sum(p.total_bytes() for p in pools)
+    return dict(in_use=in_use, pool=pool, free=free, total=total)
 
 
 class Peak:
@@ -77,6 +81,8 @@ def shortage(error: MemoryError) -> str:
     if choices["policy"] == "reference":
         less.append("the policy fastest (the reference's convolution unfolds its images)")
     saving = {"graph": "off", "fuse": "on"}  # a graph keeps what a step needs; what is fused writes less in between
+    if found:
+        saving |= {"precision": "fp16", "resident": "off"}  # half of the activations; images stay on the host
     less += [f"{name}={value}" for name, value in saving.items() if choices.get(name, value) != value]
     return f"{'; '.join(words)}. What takes less: {', '.join(less)}; python -m nanocnn switches"
 

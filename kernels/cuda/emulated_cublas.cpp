@@ -3,6 +3,7 @@
 // It is there so that every argument of those calls is tested without a GPU, and not to be fast.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #define CUBLAS extern "C" __attribute__((visibility("default"))) int
@@ -21,20 +22,31 @@ CUBLAS cublasDestroy_v2(void* handle) {
 CUBLAS cublasSetStream_v2(void*, void*) { return SUCCESS; }
 CUBLAS cublasSetWorkspace_v2(void*, void*, size_t) { return SUCCESS; }
 
+// A number as TF32 has it: 10 binary places, rounded to nearest.
+static float rounded(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0x1000) & ~0x1fffu;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 // The matrix op(x), column after column, in the type that is computed in.
 template <typename Number, typename Sum>
-static std::vector<Sum> packed(const Number* x, int ld, bool transposed, int rows, int columns) {
+static std::vector<Sum> packed(const Number* x, int ld, bool transposed, int rows, int columns, bool tf32) {
     std::vector<Sum> out((size_t)rows * columns);
     for (int c = 0; c < columns; c++)
         for (int r = 0; r < rows; r++)
             out[(size_t)c * rows + r] = (Sum)(transposed ? x[(size_t)r * ld + c] : x[(size_t)c * ld + r]);
+    if (tf32)
+        for (Sum& number : out) number = (Sum)rounded((float)number);
     return out;
 }
 
 template <typename Number, typename Sum>
 static void product(bool ta, bool tb, int m, int n, int k, Sum alpha, const Number* a, int lda, const Number* b, int ldb,
-                    Sum beta, Number* c, int ldc) {
-    const auto left = packed<Number, Sum>(a, lda, ta, m, k), right = packed<Number, Sum>(b, ldb, tb, k, n);
+                    Sum beta, Number* c, int ldc, bool tf32 = false) {
+    const auto left = packed<Number, Sum>(a, lda, ta, m, k, tf32), right = packed<Number, Sum>(b, ldb, tb, k, n, tf32);
     std::vector<Sum> column(m);
     for (int j = 0; j < n; j++) {
         for (int i = 0; i < m; i++) column[i] = 0;
@@ -64,7 +76,7 @@ CUBLAS cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, co
                     (_Float16*)c + fc, ldc);
         else
             product(ta, tb, m, n, k, *(float*)alpha, (float*)a + fa, lda, (float*)b + fb, ldb, *(float*)beta,
-                    (float*)c + fc, ldc);
+                    (float*)c + fc, ldc, compute == COMPUTE_TF32);
     }
     return SUCCESS;
 }

@@ -21,14 +21,26 @@ and it refuses what a GPU would refuse or, worse, do silently wrong. The path th
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from .. import emulated_array
 from ..dispatch import DeviceError
 from ..emulated_array import HostError
 
 __all__ = ["Graph", "HostError"]
+
+REFUSED = re.compile("stream ?capture", re.I)  # in the words of CUDA and of CuPy for what cannot be recorded
+
+
+_graphs: WeakSet[Graph] = WeakSet()  # of a GPU
+
+
+def pools() -> list[Any]:
+    """Those from which the memory of graphs comes."""
+    return [graph._memory for graph in _graphs]
 
 
 class Graph:
@@ -47,6 +59,7 @@ class Graph:
 
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._memory = cupy.cuda.MemoryPool()
+            _graphs.add(self)
 
     @contextlib.contextmanager
     def warming_up(self) -> Iterator[None]:
@@ -75,8 +88,13 @@ class Graph:
                 self._stream.begin_capture()
                 try:
                     yield
-                finally:
-                    self._recorded = self._stream.end_capture()
+                except BaseException as error:
+                    with contextlib.suppress(Exception):  # of a recording that has failed there is none
+                        self._stream.end_capture()
+                    if REFUSED.search(f"{error}"):
+                        raise HostError(f"while a graph was recorded: {error}") from error
+                    raise
+                self._recorded = self._stream.end_capture()
             else:
                 if emulated_array.recording is not None:
                     raise RuntimeError("a graph is being recorded already")

@@ -9,6 +9,7 @@ kernel's arrays: a kernel whose parameters say `real*` is compiled for the dtype
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,14 +22,28 @@ import numpy as np
 from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
-from . import emulated
-from .source import ARRAYS, FOLDER, NUMBERS, REAL, SUM, Parameter, Signature, each_array, macros, path_of, signatures
+from . import device, emulated
+from .source import (
+    ARRAYS,
+    FOLDER,
+    NUMBERS,
+    REAL,
+    SUM,
+    Parameter,
+    Signature,
+    each_array,
+    macros,
+    path_of,
+    signatures,
+    with_includes,
+)
 from .tunable import Tunable
 
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
 PLAIN_SHARED = 48 << 10  # bytes that a block may have without asking for more
 MOST_THREADS = 1024  # of a block, on every GPU
 MOST_Y = 65535  # blocks along y (or z) of a grid, on every GPU
+NULL = np.uint64(0)  # a null pointer as CuPy takes it: of None some versions make another (cupy issue 9046)
 
 
 class Kernel:
@@ -95,7 +110,7 @@ class Kernel:
                 lambda: emulated.launch(self.file, defines, self.signature, grid, block, shared, checked)
             )
         else:
-            arguments = tuple(_pointers(a) if isinstance(a, list) else a for a in checked)
+            arguments = tuple(NULL if a is None else _pointers(a) if isinstance(a, list) else a for a in checked)
             self._for_the_gpu(defines, shared)(grid, block, arguments, shared_mem=shared)
 
     def _for_the_gpu(self, defines: tuple, shared: int) -> Any:
@@ -103,14 +118,16 @@ class Kernel:
 
         if defines not in self._compiled:
             path = path_of(self.file)
-            options = (
-                "-std=c++17",
-                f"-I{path.parent}",
-                f"-I{FOLDER}",
-                *(f"-D{name}={value}" for name, value in defines),
-            )
+            # CuPy finds what it has compiled by source and options, and does not look into what is included.
+            version = hashlib.sha256(with_includes(self.file).encode()).hexdigest()[:16]
+            named = *(f"-D{name}={value}" for name, value in defines), f"-DSOURCES_{version}"
+            options = ("-std=c++17", f"-I{path.parent}", f"-I{FOLDER}", *named)
             module = cupy.RawModule(code=path.read_text(), options=options)
-            self._compiled[defines] = module.get_function(self.name)
+            try:
+                self._compiled[defines] = module.get_function(self.name)
+            except cupy.cuda.compiler.CompileException as error:
+                device.check_headers(str(error))
+                raise
         kernel = self._compiled[defines]
         if shared > PLAIN_SHARED:
             kernel.max_dynamic_shared_size_bytes = shared

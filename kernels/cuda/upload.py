@@ -58,13 +58,17 @@ class Uploads:
                 yield [to_device(a, self.device) for a in arrays]
             return
         before: _Slot | None = None
-        for arrays in batches:
-            slot = self._send(arrays)
+        try:
+            for arrays in batches:
+                slot = self._send(arrays)
+                if before is not None:
+                    yield self._arrived(before)
+                before = slot
             if before is not None:
                 yield self._arrived(before)
-            before = slot
-        if before is not None:
-            yield self._arrived(before)
+        finally:  # also where nobody wants the rest: its memory may be given to others, whom a late copy would hit
+            if before is not None:
+                self._arrived(before)
 
     def _send(self, arrays: Sequence[np.ndarray]) -> _Slot:
         import cupy

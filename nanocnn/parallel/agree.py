@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from ..buckets import Bucket
+from ..kernels.dispatch import device_of, to_device
 from .comm import Comm
 
 
 def broadcast_parameters(buckets: Sequence[Bucket], buffers: Iterable[tuple[str, Any]], comm: Comm) -> None:
     """Give all ranks rank 0's parameters and buffers (`module.named_buffers()`), in place."""
-    for bucket in buckets:
-        comm.broadcast(bucket.data)
-    for _, buffer in buffers:
-        comm.broadcast(buffer.data)
+    for array in [*(bucket.data for bucket in buckets), *(buffer.data for _, buffer in buffers)]:
+        on_host = comm.broadcast(to_device(array, "cpu"))
+        if on_host is not array:
+            array[...] = to_device(on_host, device_of(array))
 
 
 def average_buffers(buffers: Iterable[tuple[str, Any]], comm: Comm, samples: float = 1) -> None:
@@ -28,7 +29,8 @@ def average_buffers(buffers: Iterable[tuple[str, Any]], comm: Comm, samples: flo
     pairwise algorithm for computing sample variances", 1979). Counters, and what is no floating-point number, are taken
     from rank 0. Raises ValueError, on all ranks, if no rank has seen a sample.
     """
-    own = {name: buffer.data for name, buffer in buffers}
+    mine = {name: buffer.data for name, buffer in buffers}
+    own = {name: to_device(array, "cpu") for name, array in mine.items()}
     if comm.size == 1 or not own:
         return
     seen, states = zip(*comm.all_gather_object((samples, own)), strict=True)
@@ -40,11 +42,15 @@ def average_buffers(buffers: Iterable[tuple[str, Any]], comm: Comm, samples: flo
 
     for name, array in own.items():  # each rank does the same sums in the same order: the same bits everywhere
         if array.dtype.kind != "f":
-            array[...] = states[0][name]
+            _write(mine[name], states[0][name])
             continue
         average = mean(state[name] for state in states)
         beside = name.removesuffix("running_var") + "running_mean"
         if name.endswith("running_var") and beside in own:
             middle = mean(state[beside] for state in states)
             average += mean((state[beside] - middle) ** 2 for state in states)
-        array[...] = average
+        _write(mine[name], average)
+
+
+def _write(array: Any, values: np.ndarray) -> None:
+    array[...] = to_device(values.astype(array.dtype, copy=False), device_of(array))

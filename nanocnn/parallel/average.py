@@ -8,20 +8,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..buckets import Bucket
-from ..kernels.dispatch import ChoiceError, Switch, span
+from ..kernels.dispatch import ChoiceError, Switch, device_of, span
 from ..tensor import Tensor
-from .comm import Comm, numpy_array
+from .comm import Comm
 from .messages import AllreduceReducer, IallreduceReducer
 from .mpi import MPI
+from .nccl import NcclReducer, obstacle
+from .staged import StagedReducer
 from .window import WindowReducer, shortage
 
 reduce = Switch(
     "reduce",
     "how gradients are summed over ranks",
-    auto="window if all ranks share a host (and its shared memory suffices), else iallreduce",
+    auto="window if all ranks share a host (and its shared memory suffices), else iallreduce; of arrays on a device: "
+    "nccl if each rank has a GPU of its own (and CuPy finds NCCL), else staged",
     window="each rank sums its slice in shared memory: no message, no barrier",
     iallreduce="non-blocking messages of 4 MB, kept moving while backward runs",
     allreduce="messages of 4 MB, each waited for",
+    staged="of arrays on a device: copied to the host, iallreduce, and copied back",
+    nccl="of arrays on GPUs, one a rank: NVIDIA's library, on a stream beside backward",
 )
 overlap = Switch(
     "overlap",
@@ -31,6 +36,7 @@ overlap = Switch(
 )
 
 REDUCERS: dict[str, Any] = {"window": WindowReducer, "iallreduce": IallreduceReducer, "allreduce": AllreduceReducer}
+ON_DEVICES: dict[str, Any] = {"staged": StagedReducer, "nccl": NcclReducer}
 
 
 class GradientAverager:
@@ -54,15 +60,14 @@ class GradientAverager:
         self._holding = False
         if not isinstance(comm, MPI) or comm.size == 1:
             return
-        for bucket in self.buckets:
-            numpy_array(bucket.grad)
-        _check_alike(comm, self.buckets)
-        self._reducers: dict[str, WindowReducer | IallreduceReducer | AllreduceReducer] = {}
+        self._device = device_of(self.buckets[0].grad) if self.buckets else "cpu"
+        _check_alike(comm, self.buckets, self._device)
+        self._reducers: dict[str, Any] = {}
         self._index = {id(p): i for i, bucket in enumerate(self.buckets) for p in bucket.params}
         for bucket in self.buckets:
             for p in bucket.params:
                 p.on_grad = self._on_grad
-        self._shortage: str | None = None  # why there can be no window, once we know
+        self._shortage: str | None = None  # why there can be no window, or no NCCL, once we know
         self._stay = comm.at_leave(self.close)
         self._begin()
 
@@ -127,7 +132,7 @@ class GradientAverager:
         self._overlap = overlap.value == "on"
         self.method = self._resolve()
         if self.method not in self._reducers:
-            self._reducers[self.method] = REDUCERS[self.method](self.comm, self.buckets)
+            self._reducers[self.method] = (REDUCERS | ON_DEVICES)[self.method](self.comm, self.buckets)
         self._reducer = self._reducers[self.method]
         self._reset()
 
@@ -174,7 +179,14 @@ class GradientAverager:
         self._settled = True
 
     def _resolve(self) -> str:
-        """What `reduce` comes to. Raises ChoiceError, on all ranks, if a window is asked for that cannot be had."""
+        """What `reduce` comes to. Raises ChoiceError, on all ranks, if something is asked for that cannot be had."""
+        own, others = (REDUCERS, ON_DEVICES) if self._device == "cpu" else (ON_DEVICES, REDUCERS)
+        if reduce.value in others:
+            raise ChoiceError(
+                f"reduce={reduce.value} cannot sum arrays of the device '{self._device}'; what can: {', '.join(own)}"
+            )
+        if self._device != "cpu":
+            return self._resolve_on_device()
         if reduce.value not in ("auto", "window") or "window" in self._reducers:
             return "window" if reduce.value == "auto" else reduce.value
         if self._shortage is None:
@@ -183,11 +195,22 @@ class GradientAverager:
             raise ChoiceError(f"reduce=window cannot be had: {self._shortage}; reduce=iallreduce can")
         return "iallreduce" if self._shortage else "window"
 
+    def _resolve_on_device(self) -> str:
+        if reduce.value == "staged" or "nccl" in self._reducers:
+            return "staged" if reduce.value == "staged" else "nccl"
+        if self._shortage is None:
+            on_gpu = self._device == "cuda"
+            self._shortage = obstacle(self.comm) if on_gpu else f"the device '{self._device}' is no GPU"
+        if self._shortage and reduce.value == "nccl":
+            raise ChoiceError(f"reduce=nccl cannot be had: {self._shortage}; reduce=staged can")
+        return "staged" if self._shortage else "nccl"
 
-def _check_alike(comm: Comm, buckets: Sequence[Bucket]) -> None:
+
+def _check_alike(comm: Comm, buckets: Sequence[Bucket], device: str) -> None:
     """Raise ValueError, on all ranks, if they would wait for different messages: other models or other switches."""
     mine = {
         "buckets": [(bucket.names, [p.shape for p in bucket.params], str(bucket.data.dtype)) for bucket in buckets],
+        "device": device,
         "reduce": reduce.value,
         "overlap": overlap.value,
     }

@@ -1,4 +1,7 @@
-"""Who the ranks are and how they talk: the interface `Comm`, and `Alone`, which needs no MPI. NumPy arrays only."""
+"""Who the ranks are and how they talk: the interface `Comm`, and `Alone`, which needs no MPI. NumPy arrays only.
+
+(Gradients on a device are summed by reducers of their own: staged.py, nccl.py.)
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ class Alone(Comm):
 def numpy_array(array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         kind = f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}"
-        raise TypeError(f"communication takes NumPy arrays, got {kind}: GPU arrays cannot be sent yet, copy to the CPU")
+        raise TypeError(f"communication takes NumPy arrays, got {kind}: copy it to the CPU (to_device)")
     if array.dtype.hasobject:
         raise TypeError("an array of Python objects cannot be sent: use broadcast_object() or all_gather_object()")
     return array

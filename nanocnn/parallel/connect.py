@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import gpu
 from .comm import Alone, Comm
 from .failure import install_hooks
 from .launcher import OPEN_MPI, Launch, launched
@@ -19,12 +20,13 @@ class ConnectError(RuntimeError):
 _comm: Comm | None = None
 
 
-def connect(quiet: bool = False) -> Comm:
+def connect(quiet: bool = False, device: str = "cpu") -> Comm:
     """The ranks of this job; the first call connects, later ones return the same. Prints one line on rank 0.
 
     Alone unless a launcher (mpiexec, srun) started us. Otherwise this also sets the threads of this rank and lets an
-    uncaught exception on any rank end the job. Raises ConnectError if mpi4py or an MPI library is missing, or if the
-    launcher belongs to another MPI than mpi4py's.
+    uncaught exception on any rank end the job. With `device="cuda"` the rank's GPU becomes the current one, and each
+    rank says which; DeviceError if there is none. Raises ConnectError if mpi4py or an MPI library is missing, or if
+    the launcher belongs to another MPI than mpi4py's.
     """
     global _comm
     if _comm is None:
@@ -36,6 +38,10 @@ def connect(quiet: bool = False) -> Comm:
             install_hooks(_comm)
         if _comm.rank == 0 and not quiet:
             print(_comm.describe(), flush=True)
+    if device == "cuda":
+        words = gpu.pick(_comm)
+        if not quiet:
+            print(words, flush=True)
     return _comm
 
 

@@ -43,7 +43,7 @@ class MPI(Comm):
         self.local_rank, self.local_size = self.host.rank, self.host.size
         self._suspect_since: float | None = None
         self._at_leave: list[Callable[[], None]] = []
-        leader = self.host.bcast(self.rank)  # of the first rank here: hosts may bear one name (containers)
+        leader = self.leader = self.host.bcast(self.rank)  # the first rank here: hosts may bear one name (containers)
         facts = self.all_gather_object((leader, mpi.Get_processor_name(), threads.mask()))
         self.hosts = list({who: name for who, name, _ in facts}.values())
         self.threads = threads.share([mask for who, _, mask in facts if who == leader])

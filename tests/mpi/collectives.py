@@ -52,7 +52,7 @@ class Ndarray:  # what a CuPy array looks like from outside
     __module__ = "cupy"
 
 
-with pytest.raises(TypeError, match=r"cupy\.Ndarray: GPU arrays cannot be sent yet"):
+with pytest.raises(TypeError, match=r"cupy\.Ndarray: copy it to the CPU"):
     comm.broadcast(Ndarray())  # type: ignore[arg-type]
 
 # Broadcasts: any root, dtype and shape.
