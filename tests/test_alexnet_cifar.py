@@ -50,7 +50,7 @@ def run_here(monkeypatch, capfd):
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as ended:
-            status = ended.code
+            status = int(ended.code or 0)
         finally:
             dispatch._policy, dispatch._choices = choices
         return Outcome(status, "".join(capfd.readouterr()), time.monotonic() - begin)
