@@ -213,7 +213,9 @@ def in_float64(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 def _dtype_of(args: tuple, kwargs: dict) -> str:
-    return next((a.dtype.name for a in _arrays([args, kwargs]) if a.dtype.kind == "f"), "")
+    """The type of floats with the fewest digits: hyper-parameters in float64 may stand beside weights in float32."""
+    floats = [a.dtype for a in _arrays([args, kwargs]) if a.dtype.kind == "f"]
+    return min(floats, key=lambda dtype: dtype.itemsize).name if floats else ""
 
 
 def error_of(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> float:

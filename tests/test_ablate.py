@@ -190,7 +190,7 @@ def test_what_numpy_does_to_arrays_of_the_device_is_counted():
         (["--primitive", "prefetch"], "prefetch is a switch, not a primitive: ablate it with --only prefetch"),
         (["--use", "conv2d=slow"], "conv2d has no choice 'slow'; there are: reference"),
         (["--use", "reference"], "--use reference: the policy is what is measured here"),
-        (["--primitive", "layer_norm"], "alexnet calls no layer_norm: there is nothing to climb"),
+        (["--primitive", "lars_update"], "alexnet calls no lars_update: there is nothing to climb"),
         (["--out", "/proc/nowhere"], "cannot make /proc/nowhere: .*choose another --out"),
     ],
 )

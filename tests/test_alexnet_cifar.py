@@ -50,7 +50,7 @@ def run_here(monkeypatch, capfd):
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as ended:
-            status = ended.code
+            status = int(ended.code or 0)
         finally:
             dispatch._policy, dispatch._choices = choices
         return Outcome(status, "".join(capfd.readouterr()), time.monotonic() - begin)
@@ -133,15 +133,23 @@ def ranks_of(runs: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_a_checkpoint_and_resume_goes_on_bit_for_bit(tmp_path, unbroken, number):
-    process = launch(2, tmp_path, "--name", "run", *BREAKABLE)
-    wait_for_second_epoch(process, tmp_path / "run")
+def stop_by(number: int, runs: Path, unbroken: Path) -> None:
+    """Train, signal mpiexec, and see that it ends early, with a checkpoint, and says how to go on."""
+    process = launch(2, runs, "--name", "run", *BREAKABLE)
+    wait_for_second_epoch(process, runs / "run")
     process.send_signal(number)
     outcome = finish(process, 30)
     assert outcome.status != 0
     assert "--resume" in outcome.output
-    assert final_state(tmp_path / "run")["position"]["step"] < final_state(unbroken)["position"]["step"]
+    assert 0 < final_state(runs / "run")["position"]["step"] < final_state(unbroken)["position"]["step"]
+
+
+def test_ctrl_c_ends_it_with_a_checkpoint(tmp_path, unbroken):
+    stop_by(signal.SIGINT, tmp_path, unbroken)
+
+
+def test_a_signal_ends_it_with_a_checkpoint_and_resume_goes_on_bit_for_bit(tmp_path, unbroken):
+    stop_by(signal.SIGTERM, tmp_path, unbroken)
     outcome = run(2, tmp_path, "--name", "run", *BREAKABLE, "--resume")
     assert outcome.status == 0, outcome.output
     assert "resuming in epoch" in outcome.output
@@ -200,7 +208,7 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path, run_here):
     assert (tmp_path / "alexnet-shapes" / "metrics.csv").read_text().splitlines() == rows
 
 
-def test_a_run_that_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path):
+def test_a_run_that_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path, run_here):
     """One step an epoch: wherever the signal arrives, the epoch's last step is the one that was made."""
     options = ("--name", "run", "--batch-size", "320", "--epochs", "400")
     process = launch(0, tmp_path, *options)
@@ -209,7 +217,7 @@ def test_a_run_that_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path):
     outcome = finish(process, 30)
     assert outcome.status == 143, outcome.output
     epochs = final_state(tmp_path / "run")["position"]["epoch"] + 1
-    outcome = run(0, tmp_path, *options[:-1], str(epochs), "--resume")
+    outcome = run_here(tmp_path, *options[:-1], str(epochs), "--resume")
     assert outcome.status == 0, outcome.output
     assert final_state(tmp_path / "run")["position"]["epoch"] == epochs
 
@@ -246,7 +254,7 @@ def test_bad_options_alone(tmp_path, run_here, options, message):
     [
         (2, ["--epochs", "0"], "expected a positive integer, got '0'"),
         (2, ["--data-dir", "/nowhere", "--data", "cifar10"], "/nowhere: no such file or folder"),
-        (4, ["--batch-size", "2"], "a global batch of 2 for 4 ranks"),
+        (2, ["--batch-size", "1"], "a global batch of 1 for 2 ranks"),
         (2, ["--lr", "1e30", "--no-augment"], "NonFiniteLoss"),
     ],
 )
@@ -314,8 +322,8 @@ def test_every_update_rule_learns_by_default(tmp_path, run_here, optimizer):
     assert history[-1]["loss"] < 0.75 * history[0]["loss"]
 
 
-def test_help_teaches():
-    outcome = finish(start([sys.executable, str(SCRIPT), "--help"]))
+def test_help_teaches(tmp_path, run_here):
+    outcome = run_here(tmp_path, "--help")
     assert outcome.status == 0
     for words in ("mpiexec -n 4", "--resume", "--width", "--use", "python -m nanocnn switches", "(default: 128)"):
         assert words in " ".join(outcome.output.split())

@@ -282,7 +282,7 @@ def test_the_gradient_of_weights_is_written_where_the_caller_wants_it():
             assert variant.body(gy, x, shape, *geometry, out=memory_of_mine) is memory_of_mine
             np.testing.assert_allclose(memory_of_mine, expected, rtol=1e-3, atol=1e-3, err_msg=name)
             ran.add(name)
-    assert ran == set(conv.conv2d_grad_w.rungs("cpu"))
+    assert ran == set(conv.conv2d_grad_w.rungs("cpu")) - {"fp32"}  # for float16 alone
 
 
 @pytest.mark.parametrize(
@@ -348,4 +348,4 @@ def test_unaligned_arrays():
                     y = variant.body(*odd, *geometry)
                     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3, err_msg=f"{name}:{variant.name}")
                     ran.add((name, variant.name))
-    assert ran == {(name, v) for name in CONVOLUTIONS for v in dispatch.primitives[name].rungs("cpu")}
+    assert ran == {(name, v) for name in CONVOLUTIONS for v in dispatch.primitives[name].rungs("cpu") if v != "fp32"}

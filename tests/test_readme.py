@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +63,11 @@ def test_links_lead_somewhere(page):
 def help_of(words: list[str], monkeypatch, capsys) -> str:
     """What `python WORDS --help` prints. In this process: there are many, and starting each takes a second and more."""
     monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    run: Callable[[], object] = partial(runpy.run_path, str(ROOT / words[0]), run_name="__main__")
+    if words[:2] == ["-m", "nanocnn"]:
+        run = partial(main, [*words[2:], "--help"])
     with pytest.raises(SystemExit) as ended:
-        if words[:2] == ["-m", "nanocnn"]:
-            main([*words[2:], "--help"])
-        else:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        run()
     printed = capsys.readouterr()
     assert ended.value.code == 0, f"{' '.join(words)}\n{printed.err}"
     return printed.out
