@@ -67,8 +67,9 @@ class AblationError(ChoiceError):
 
 
 def everything_on(fixed: dict[str, str]) -> dict[str, str]:
-    """`fixed`, and "on" for switches that are off unless one asks for them (graph)."""
-    return {**{name: "on" for name, s in dispatch.switches.items() if s.default != "on" and "on" in s.choices}, **fixed}
+    """`fixed`, and "on" for switches that are off unless one asks for them (graph), but for NUMERICS."""
+    off = (name for name, s in dispatch.switches.items() if s.default == "off" and "on" in s.choices)
+    return {**{name: "on" for name in off if name not in NUMERICS}, **fixed}
 
 
 def left_out(base: Row, fixed: dict[str, str], only: Sequence[str]) -> tuple[list[Configuration], list[str]]:
@@ -85,7 +86,7 @@ def left_out(base: Row, fixed: dict[str, str], only: Sequence[str]) -> tuple[lis
     return found, unused
 
 
-NUMERICS = ("precision",)  # what changes the numbers themselves is varied only where it is asked for (--only)
+NUMERICS = ("precision", "tf32")  # what changes the numbers themselves is varied only where it is asked for (--only)
 
 
 def _entries(only: Sequence[str]) -> list[dict[str, Any]]:
