@@ -4,7 +4,8 @@ What Numba compiles for is settled when it is imported, so each target has a pro
 Compiling takes the time. So there is one call of every variant whose file works with vectors by name, on one of the
 targets: the convolutions on the one, the rest on the other (both have 16 registers, and thus the same register tile).
 LLVM optimises little, since the vectors are as narrow and a mistake is as wrong. And of the rungs of Winograd's engine,
-which differ in their matrices alone, the one with the smallest matrices runs.
+which differ in their matrices alone, the one with the smallest matrices runs. Gradients of images are left out, which
+are convolutions with other weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def is_wide(primitive, variant):
 
 
 LEFT_OUT = "winograd4", "parity", "fp32"  # the last converts, and calls the others
-CHOSEN = [v for v in VARIANTS if v[1] not in LEFT_OUT and is_wide(*v)]
+CHOSEN = [v for v in VARIANTS if v[0] != "conv2d_grad_x" and v[1] not in LEFT_OUT and is_wide(*v)]
 PARTS = {part: [v for v in CHOSEN if v[0].startswith("conv2d") == (part == "conv2d")] for part in ("conv2d", "rest")}
 
 
