@@ -157,11 +157,6 @@ UNINITIALISED = (np.empty, np.empty_like)
 emulated_numpy = EmulatedNumPy()
 
 
-def emulated(x: Any) -> Any:
-    """An array as an array of the device, in the same memory; what is none stays what it is."""
-    return x.view(Emulated) if isinstance(x, np.ndarray) else x
-
-
 # ------------------------------------------------------------------ done now, or recorded
 
 

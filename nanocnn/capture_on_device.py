@@ -39,9 +39,12 @@ class CapturedOnDevice:
 
         with random.repeated():
             self._keys.draw()
-        with self.graph.warming_up(), _Changes() as changes:
-            expected = [y.data.copy() for y in _tensors(work())]
-        changes.put_back()
+        changes = _Changes()
+        try:
+            with self.graph.warming_up(), changes:
+                expected = [y.data.copy() for y in _tensors(work())]
+        finally:  # a function that fails half way has changed nothing, either
+            changes.put_back()
         with self.graph.recording():
             self.output = work()
         self.graph.launch()
@@ -88,10 +91,11 @@ def _flat(values: Any) -> Iterator[Any]:
 class _Changes(dispatch.Recorder):
     """Inside, what primitives change in place is noted, so that it can be put back: running statistics, weights."""
 
-    def __enter__(self) -> _Changes:
+    def __init__(self) -> None:
         self.before: dict[int, tuple[Any, Any]] = {}
+
+    def __enter__(self) -> None:
         dispatch.recorder = self
-        return self
 
     def __exit__(self, *_: object) -> None:
         dispatch.recorder = None
