@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..dispatch import DeviceError
-from .source import FOLDER
+from .source import FOLDER, target
 
 ARCHITECTURES = ("sm_80", "sm_90")  # Ampere (A100), Hopper (H100, H200)
+SERIALIZED = re.compile(r".*\bC75\d\d\b.*|.*wgmma.*serialized.*")  # of wgmma: correct, and slow
 # As ptxas reports them (-v), one after the other for each kernel.
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -50,6 +51,12 @@ def resources(file: str, architecture: str, **defines: Any) -> dict[str, Resourc
             raise
         report = _by_nvcc(file, architecture, options)
     return parse(report)
+
+
+def architectures(file: str) -> tuple[str, ...]:
+    """Those that a .cu file is compiled for."""
+    only = target(file)
+    return (only,) if only else ARCHITECTURES
 
 
 def parse(report: str) -> dict[str, Resources]:
