@@ -183,7 +183,11 @@ void finish_products(unsigned keep, Place at) {
 
 void products_begin(unsigned threads) {
     flying.pieces.assign((shared_bytes + 15) / 16, {});
-    for (unsigned i = 0; i < threads; i++) flying.workers[i] = {};
+    for (unsigned i = 0; i < threads; i++) {
+        Worker& w = flying.workers[i];
+        w.sums.clear(), w.products.clear(), w.written.clear();
+        w.group = 0, w.fenced = false, w.issued = 0;
+    }
 }
 
 void products_end() {

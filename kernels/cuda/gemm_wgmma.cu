@@ -5,9 +5,9 @@
 // tensor cores work on one pair of tiles, the same threads ask for the pair after next. Two warpgroups share a tile of
 // B. 128 x 256 sums are what their registers hold, and halve what a 128 x 128 tile reads of B.
 //
-// Tiles come by cp.async, and not by Hopper's copy engine (TMA): that would spare the threads a dozen copies each for 64
-// numbers of depth, which take a ninth of the time that the tensor cores need for them; but it takes a tensor map of the
-// driver's, and here the zeros past the edges and the swizzle are in sight.
+// Tiles come by cp.async, and not by Hopper's copy engine (TMA). That would spare each thread a dozen copies for 64
+// numbers of depth, which the tensor cores' work is meant to hide; but it takes a tensor map, which only the driver can
+// make. Here the swizzle and the zeros past the edges are in sight, and all of it runs in the emulator.
 #include "wgmma.cuh"
 
 #ifndef STAGES
@@ -20,11 +20,12 @@
 #define BLOCK_K 64   // numbers in 128 bytes, a row of the swizzle
 #define TILE_A (BLOCK_M * BLOCK_K)
 #define TILE_B (BLOCK_K * BLOCK_N)
+#define PITCH_C (BLOCK_N + 8)  // numbers from row to row: 8 rows of 16 bytes then lie in different banks
 #define THREADS 256
 #define ALIGNED 1024  // bytes: where the swizzle begins anew
 
 // k and n are multiples of 8: 16 bytes are copied at once.
-// at most 208 registers, 0 bytes of shared memory
+// at most 168 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
 gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
     DYNAMIC_SHARED(unsigned char, raw);
@@ -61,7 +62,9 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
         if (stage < steps) fetch(stage);
         cp_commit();  // a group for each step, empty ones too: so that counting groups counts steps
     }
-    for (int step = 0; step < steps; step++) {
+
+    int step = 0;
+    do {  // k is not 0: of a loop that might do nothing, ptxas may make products that wait for each other (C7515)
         cp_wait<STAGES - 3>();
         fence_proxy_async();
         __syncthreads();  // all have their part of this step's tiles; and all products but those of the last step are done
@@ -76,12 +79,20 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
         if (step + STAGES - 2 < steps) fetch((step + STAGES - 2) % STAGES);
         cp_commit();
         wgmma_wait<1>();  // this step's products go on
-    }
+    } while (++step < steps);
     wgmma_wait<0>();
     wgmma_done(sum);
+    __syncthreads();  // nobody reads the tiles any more: through their place, C leaves in whole sectors
+    half* const mine = tiles_a + warp * 16 * PITCH_C;
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; i += 2) {  // each warp has 16 rows, as mma_16x8x16 hands them to its lanes
-        const int y = row + warp * 16 + lane / 4 + i / 2 % 2 * 8, x = column + i / 4 * 8 + lane % 4 * 2;
-        if (y < m && x < n) store2(c + (size_t)y * n + x, __floats2half2_rn(sum[i], sum[i + 1]));
+    for (int i = 0; i < BLOCK_N / 2; i += 2)  // each warp has 16 rows, as mma_16x8x16 hands them to its lanes
+        store2(mine + (lane / 4 + i / 2 % 2 * 8) * PITCH_C + i / 4 * 8 + lane % 4 * 2,
+               __floats2half2_rn(sum[i], sum[i + 1]));
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * BLOCK_N / 8; i += 32) {
+        const int y = (i + lane) / (BLOCK_N / 8), x = (i + lane) % (BLOCK_N / 8) * 8;
+        if (row + warp * 16 + y < m && column + x < n)
+            copy16(c + (size_t)(row + warp * 16 + y) * n + column + x, mine + y * PITCH_C + x);
     }
 }
