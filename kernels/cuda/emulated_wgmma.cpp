@@ -1,8 +1,8 @@
 // The products of warpgroups (wgmma.cuh), as the emulator does them: asynchronous, and strict about it.
 //
-// A product is computed when it is waited for, from what shared memory holds then; until then its sums are a NaN of our
-// own. What GPUs leave undefined is an error here: sums touched in between, shared memory written while a product may
-// read it, or read without the writer's proxy fence.
+// A product is computed when it is waited for, from what shared memory holds then; until then its sums are NaN. What
+// GPUs leave undefined is an error here: sums touched in between, shared memory written while a product may read it, or
+// read without the writer's proxy fence.
 //
 // Descriptors are read as the PTX manual defines them (9.7.15.5.1, "canonical layouts", in its figures and as strides),
 // for all four swizzles: nothing here knows how a kernel writes its tiles.
@@ -18,7 +18,7 @@ namespace emulator {
 constexpr unsigned WARPGROUP = 128, DEPTH = 16;
 constexpr unsigned FIRST = 16;         // the address of dynamic shared memory: as after an array of the kernel's
 constexpr unsigned WINDOW = 1 << 18;   // bytes that a descriptor reaches
-constexpr uint32_t IN_FLIGHT = 0x7fc0dead;
+constexpr uint32_t IN_FLIGHT = 0x7f80dead;  // a signalling NaN: whatever is computed of it has other bits
 
 struct Sums { float* registers; std::vector<float> values; unsigned products; };
 struct Product { float* sum; unsigned columns; uint64_t a, b; unsigned group; Place at; };

@@ -3,7 +3,7 @@
 //
 // `wgmma` takes both matrices from shared memory and is asynchronous: no thread loads what it multiplies, and while the
 // tensor cores work on one pair of tiles, the same threads ask for the pair after next. Two warpgroups share a tile of
-// B. 128 x 256 sums are what their registers hold, and halve what a 128 x 128 tile reads of B.
+// B. 128 x 256 sums are what their registers hold; A is then read half as often as for 128 x 128.
 //
 // Tiles come by cp.async, and not by Hopper's copy engine (TMA). That would spare each thread a dozen copies for 64
 // numbers of depth, which the tensor cores' work is meant to hide; but it takes a tensor map, which only the driver can
