@@ -1,4 +1,4 @@
-// A product of one warpgroup, with one mistake or none, for test_wgmma.py. Every other kernel here is without a mistake.
+// A product of one warpgroup, with one mistake or none, for test_wgmma.py.
 #include "wgmma.cuh"
 
 enum { NONE, NO_PROXY_FENCE, NO_FENCE, TOO_EARLY, TOUCHED, NO_WAIT, NO_COMMIT, OVERWRITTEN, COPIED_OVER, WITHOUT_A_WARP,

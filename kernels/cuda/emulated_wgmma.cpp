@@ -7,8 +7,8 @@
 // Descriptors are read as the PTX manual defines them (9.7.15.5.1, "canonical layouts", in its figures and as strides),
 // for all four swizzles: nothing here knows how a kernel writes its tiles.
 //
-// Counted are the bytes of both matrices, once for an instruction, as 8 rows of 16 bytes at a time: what a GPU takes for
-// that is not documented, and turns of banks are those which the same threads would need.
+// Counted are the bytes of both matrices, once for an instruction, as 8 rows of 16 bytes at a time: what a GPU takes
+// for that is not documented, and turns of banks are those which the same threads would need.
 #include "emulator.h"
 
 #include <vector>
@@ -106,7 +106,8 @@ void fence_proxy() {
 template <class F> static void each_piece(const Product& p, F f) {
     const unsigned number = thread.number % WARPGROUP;
     f(place_of(p.a, true, number % 64, number / 64 * 8));
-    for (unsigned i = number; i < DEPTH * p.columns / 8; i += WARPGROUP) f(place_of(p.b, false, i / DEPTH * 8, i % DEPTH));
+    for (unsigned i = number; i < DEPTH * p.columns / 8; i += WARPGROUP)
+        f(place_of(p.b, false, i / DEPTH * 8, i % DEPTH));
 }
 
 // ------------------------------------------------------------------ products

@@ -35,8 +35,8 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
     const int row = blockIdx.y * BLOCK_M, column = blockIdx.x * BLOCK_N;
     float sum[BLOCK_N / 2] = {};
 
-    // Each thread brings one piece of 16 bytes after the other, of rows that lie a multiple of 8 apart: its place in the
-    // swizzle stays the same, and a step further on all is BLOCK_K numbers deeper.
+    // Each thread brings one piece of 16 bytes after the other, of rows that lie a multiple of 8 apart: its place in
+    // the swizzle stays the same, and a step further on all is BLOCK_K numbers deeper.
     const int r = t / 8, s = t % (BLOCK_N / 8) * 8, d = t / (BLOCK_N / 8);
     const half* from_a = a + (size_t)(row + r) * k + t % 8 * 8;
     const half* from_b = b + (size_t)d * n + column + s;
@@ -67,7 +67,7 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
     do {  // k is not 0: of a loop that might do nothing, ptxas may make products that wait for each other (C7515)
         cp_wait<STAGES - 3>();
         fence_proxy_async();
-        __syncthreads();  // all have their part of this step's tiles; and all products but those of the last step are done
+        __syncthreads();  // all have their part of this step's tiles; and all products are done but the last step's
         const half* const tile_a = tiles_a + step % STAGES * TILE_A + group * 64 * BLOCK_K;
         const half* const tile_b = tiles_b + step % STAGES * TILE_B;
         wgmma_fence();

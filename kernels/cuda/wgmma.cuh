@@ -33,7 +33,9 @@ PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" :
 // What this thread has done to the sums' registers comes before the wgmma that follows.
 PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-template <int KEEP> PTX void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(KEEP) : "memory"); }
+template <int KEEP> PTX void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(KEEP) : "memory");
+}
 
 // `sum` (64 x N) += A (64 x 16) B (16 x N), which lie in shared memory as their descriptors say; what follows these is:
 // add to the sums, neither matrix negated, A along the depth (K-major), B along its columns (MN-major).
@@ -74,7 +76,9 @@ template <int COUNT> PTX void wgmma_done(float (&)[COUNT]) {}
 // A descriptor: where a matrix begins in shared memory, and how it goes on from there. It lies in rows of 128 bytes, 8
 // of them in 1,024; each row's 16-byte pieces are permuted by the row's number modulo 8 (the "128-byte swizzle"), so
 // that the same piece of 8 rows lies in all banks. `stride` is the way, in bytes, to the next 8 rows; `leading` that to
-// the next 64 columns of an MN-major matrix, in which a row is 64 columns at one depth (K-major: not used).
+// the next 64 columns of an MN-major matrix, in which a row is 64 columns at one depth (K-major: not used). After the
+// manual's section on matrix descriptors; CUTLASS (mma_sm90_desc.hpp, mma_traits_sm90_gmma.hpp), ThunderKittens and
+// DeepGEMM fill them in the same way.
 PTX uint64_t swizzled_128b(const half* begin, unsigned leading, unsigned stride) {
     return 1ull << 62 | (uint64_t)(stride >> 4) << 32 | (uint64_t)(leading >> 4) << 16 | shared_address(begin) >> 4;
 }
