@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,14 @@ def test_blocks_and_steps_that_end_at_the_edges(shape):
 
 
 @NEEDS_GXX
+def test_narrower_tiles_and_fewer_stages():
+    a, b = halves(200, 264, 136)
+    with counting() as report, gemm.WARPGROUP_TILES.using(BLOCK_N=128, STAGES=3):
+        assert close(a, b, wgmma(a, b))
+    assert report.blocks == 2 * 2
+
+
+@NEEDS_GXX
 def test_tiles_are_read_and_written_without_conflicts():
     """All of memory in whole sectors, all of shared memory in as few turns as can be: what the swizzle is for."""
     a, b = halves(128, 64, 256)
@@ -216,6 +226,16 @@ def test_no_product_waits_for_another(tiles):
     assert "C75" not in report, report
     (used,) = parse(report).values()
     assert used.spilled == 0
+
+
+@pytest.mark.skipif(not shutil.which("nvdisasm"), reason="there is no nvdisasm on PATH, of a CUDA toolkit")
+def test_its_instructions_are_hoppers(tmp_path):
+    """Four products for 64 numbers of depth, B turned on its way; its loop waits for all but the last group."""
+    (tmp_path / "cubin").write_bytes(compiled("gemm_wgmma.cu", "sm_90a").cubin)
+    text = subprocess.run(["nvdisasm", "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"HGMMA\.64x256x16\.F32 .*tnspB", text)) == text.count("HGMMA") == 4
+    assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", text)) == 1
+    assert "HMMA" not in text.replace("HGMMA", "")
 
 
 def test_the_compiler_says_where_products_would_wait(monkeypatch, tmp_path):

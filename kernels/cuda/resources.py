@@ -114,7 +114,8 @@ def _by_nvrtc(file: str, architecture: str, options: list[str]) -> Compiled:
     program = ctypes.c_void_p()
     text, name = (FOLDER / file).read_bytes(), file.encode()
     library.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None)
-    words = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", f"-I{FOLDER}", *includes, *options]
+    folders = dict.fromkeys([f"-I{(FOLDER / file).parent}", f"-I{FOLDER}"])
+    words = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", *folders, *includes, *options]
     given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
     status = library.nvrtcCompileProgram(program, len(words), given)
     size = ctypes.c_size_t()
