@@ -89,8 +89,9 @@ void written(const void* p, size_t bytes) {
 void about_to_write(const void* p) {
     const size_t place = static_cast<const unsigned char*>(p) - dynamic_shared;
     if (place >= shared_bytes || !flying.pieces[place / 16].readers) return;
-    const Worker& reader = flying.workers[flying.pieces[place / 16].reader];
-    fail(reader.products[0].at, "race: byte %zu of dynamic shared memory is written while this wgmma may read it",
+    const auto& reads = flying.workers[flying.pieces[place / 16].reader].products;
+    const Place at = reads.empty() ? Place{nullptr, 0} : reads[0].at;  // the last reader may be done, and another not
+    fail(at, "race: byte %zu of dynamic shared memory is written while this wgmma may read it",
          place);
 }
 
