@@ -24,6 +24,7 @@ from .kernels.cuda.emulated import KernelError, Report, counting
 from .kernels.cuda.launch import Launch, launches
 from .kernels.cuda.occupancy import Occupancy, occupancy
 from .kernels.cuda.resources import CompileError, Resources, resources
+from .kernels.cuda.source import target
 from .kernels.cuda.tunable import Tunable, asked
 from .kernels.dispatch import DeviceError, Primitive, Variant
 from .traffic import cuda_variants, on_emulator
@@ -123,7 +124,7 @@ def seconds_by_events(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 @cache
 def _compiled(file: str, defines: tuple[tuple[str, Any], ...]) -> dict[str, Resources]:
-    return resources(file, ARCHITECTURE, **dict(defines))
+    return resources(file, target(file) or ARCHITECTURE, **dict(defines))
 
 
 def takes(launch: Launch) -> tuple[Resources, Occupancy] | None:

@@ -113,6 +113,36 @@ def test_tensor_rungs_need_ampere(capability, able, monkeypatch, tmp_path):
                 matmul.choose(a, b)
 
 
+@pytest.mark.parametrize(("capability", "able"), [("80", False), ("89", False), ("90", True), ("100", False)])
+def test_warpgroups_are_of_hopper_alone(capability, able, monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, capability=capability)
+    a, b = Array((64, 64), np.float16), Array((64, 64), np.float16)
+    assert device.has_warpgroups(a) == able
+    assert ("cuda_wgmma" in {v.name for v in matmul.candidates(a, b)}) == able
+    assert matmul.choose(a, b).name != "cuda_wgmma"  # "fastest" is cuBLAS
+
+
+def test_a_kernel_for_a_target_is_compiled_by_ourselves(monkeypatch, tmp_path):
+    """CuPy compiles for the GPU's plain architecture: it is given a file of instructions in place of the source."""
+
+    class RawModule:
+        def __init__(self, path):
+            self.path = path
+
+        def get_function(self, name):
+            return types.SimpleNamespace(path=self.path, name=name)
+
+    monkeypatch.setenv("NANOCNN_CACHE", str(tmp_path))
+    cupy = stand_in(monkeypatch, tmp_path)
+    cupy.RawModule = RawModule
+    for _ in range(2):  # the second time it is there
+        built = Kernel("gemm_wgmma.cu", "gemm_wgmma")._for_the_gpu((("STAGES", 3),), 200_000)
+        assert (built.name, built.max_dynamic_shared_size_bytes) == ("gemm_wgmma", 200_000)
+        (file,) = (tmp_path / "cuda").iterdir()
+        assert str(file) == built.path
+        assert file.read_bytes().startswith(b"\x7fELF")
+
+
 def test_a_kernel_that_finds_no_headers_says_what_brings_them(monkeypatch, tmp_path):
     class CompileException(Exception):
         """As CuPy's."""

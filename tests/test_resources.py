@@ -7,15 +7,15 @@ import shutil
 import pytest
 
 from nanocnn.kernels.cuda import resources as compilers
-from nanocnn.kernels.cuda.resources import ARCHITECTURES, CompileError, Resources, parse, resources
+from nanocnn.kernels.cuda.resources import CompileError, Resources, architectures, parse, resources
 from nanocnn.kernels.cuda.source import FOLDER, signatures
 from nanocnn.kernels.dispatch import DeviceError
 
 SOURCES = sorted(path.name for path in FOLDER.glob("*.cu"))
+BUILDS = [(file, architecture) for file in SOURCES for architecture in architectures(file)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("file", SOURCES)
+@pytest.mark.parametrize(("file", "architecture"), BUILDS)
 def test_a_source_keeps_its_budget(file, architecture):
     found = resources(file, architecture)
     assert set(found) == set(signatures(file))
@@ -29,18 +29,19 @@ def test_a_source_keeps_its_budget(file, architecture):
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc on PATH, and the wheels bring NVRTC alone")
-def test_nvcc_keeps_the_budget_too(monkeypatch):
+@pytest.mark.parametrize(("file", "architecture"), [("gemm.cu", "sm_90"), ("gemm_wgmma.cu", "sm_90a")])
+def test_nvcc_keeps_the_budget_too(file, architecture, monkeypatch):
     """It is asked where there is no NVRTC; the tests above have asked that, as dev brings it."""
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
     compilers._nvrtc.cache_clear()
-    found = resources("gemm.cu", "sm_90")
-    for name, kernel in signatures("gemm.cu").items():
+    found = resources(file, architecture)
+    for name, kernel in signatures(file).items():
         assert found[name].spilled == 0
         assert found[name].registers <= kernel.registers
         assert found[name].shared <= kernel.shared
     monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
     with pytest.raises(DeviceError, match=r"neither nvcc on PATH nor NVRTC .* pip install 'nanocnn\[nvrtc\]'"):
-        resources("gemm.cu", "sm_90")
+        resources(file, architecture)
 
 
 def test_what_the_compiler_says():

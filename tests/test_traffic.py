@@ -31,7 +31,7 @@ def test_each_rung_asks_for_less(counts):
     assert sectors[0] > 3 * sectors[1] > 9 * sectors[2]
     assert all(c.report.total("global", "store").bytes == 64 * 64 * 4 for c in counted)
     assert all(c.error < 1e-5 for c in counted)
-    assert {c.variant for c in counts if c.note == "cannot do this call"} == {"cuda_tensor"}  # which is for fp16
+    assert {c.variant for c in counts if c.note == "cannot do this call"} == {"cuda_tensor", "cuda_wgmma"}  # of fp16
 
 
 def test_the_command():
@@ -44,6 +44,7 @@ def test_the_command():
     halves = alone(*command, "--dtype", "float16", timeout=120)
     assert halves.status == 0, halves.output
     assert "gemm_tensor.cu:" in halves.output
+    assert "gemm_wgmma.cu:" in halves.output
 
 
 def test_what_cannot_be_counted():

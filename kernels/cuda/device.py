@@ -25,6 +25,7 @@ EXTRAS = {12: "cuda12", 13: "cuda13"}  # CUDA's major version: what of nanocnn's
 DRIVERS = {11: "450", 12: "525", 13: "580"}
 OLDEST = (7, 5)  # compute capability: Turing, the oldest that CUDA 13 compiles for
 ASYNCHRONOUS = (8, 0)  # Ampere: cp.async and mma.sync.m16n8k16, which the rungs `cuda_tensor` are made of
+WARPGROUPS = (9, 0)  # Hopper, and no other: `wgmma`, of the rung `cuda_wgmma`, is not in later GPUs
 ELSEWHERE = "without a GPU, the device 'emulated' runs the same kernels, and 'cpu' trains"
 
 
@@ -88,6 +89,11 @@ def copies_asynchronously(x: Any) -> bool:
     if device_of(x) != "cuda":
         return True
     return _capability(x.device.id) >= ASYNCHRONOUS
+
+
+def has_warpgroups(x: Any) -> bool:
+    """Whether the device of an array knows `wgmma`: the emulator, and Hopper, but nothing later."""
+    return device_of(x) != "cuda" or _capability(x.device.id) == WARPGROUPS
 
 
 def check_headers(error: str) -> None:

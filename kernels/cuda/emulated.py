@@ -104,7 +104,8 @@ def _library(file: str, edited: int, defines: tuple[tuple[str, Any], ...], watch
 
 def _built(file: str, defines: tuple[tuple[str, Any], ...], watched: bool) -> Path:
     options = [*FLAGS, *(WATCHED if watched else ["-O2"])]
-    own = [_of_the_emulator(name, options) for name in ("emulator.cpp", "watch.cpp")[: 1 + watched]]
+    parts = ("emulator.cpp", "emulated_wgmma.cpp", "watch.cpp")[: 2 + watched]
+    own = [_of_the_emulator(name, options) for name in parts]
     macros = [f"-D{name}={value}" for name, value in defines]
     watching = ["-fsanitize=thread", "-fsanitize=bounds"] * watched  # not for the linker, which would bring sanitizers
 
@@ -209,7 +210,7 @@ def launch(
         slots = [np.asarray(a) if isinstance(a, np.generic) else np.array(_address(a), np.uint64) for a in first]
         places = (ctypes.c_void_p * len(slots))(*(slot.ctypes.data for slot in slots))
         sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)
-        error = code.emulator_launch(getattr(code, f"call_{kernel.name}"), places, *sizes, _pointer(dynamic))
+        error = code.emulator_launch(getattr(code, f"call_{kernel.name}"), places, *sizes, *_shared(dynamic))
         if report is not None:
             report.add(code, kernel.name)
     if error:
@@ -226,6 +227,10 @@ def _is_array(a: Any) -> bool:
 
 def _pointer(x: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.ctypes.data)
+
+
+def _shared(dynamic: np.ndarray) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
+    return _pointer(dynamic), ctypes.c_size_t(dynamic.nbytes)
 
 
 def _aligned(size: int, before: int = 0) -> np.ndarray:
@@ -375,7 +380,7 @@ def _watch(
     begins = (ctypes.c_void_p * count)(*(begin for begin, _ in known))
     sizes = (ctypes.c_size_t * count)(*(size for _, size in known))
     names = _names[code] = (ctypes.c_char_p * count)(*known.values())  # the library has pointers into it
-    code.emulator_watch(count, begins, sizes, names, _pointer(dynamic), ctypes.c_size_t(dynamic.nbytes))
+    code.emulator_watch(count, begins, sizes, names, *_shared(dynamic))
 
 
 def _located(code: ctypes.CDLL, message: str) -> str:

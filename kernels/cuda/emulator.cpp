@@ -19,6 +19,7 @@ Thread thread;
 uint3 block_index;
 dim3 block_size, grid_size;
 unsigned char* dynamic_shared;
+size_t shared_bytes;
 
 // ------------------------------------------------------------------ fibers
 
@@ -113,6 +114,7 @@ static void thread_main() {
     Fiber* me = now.running;
     done_reading(me);
     finish_copies(0);
+    products_end();
     me->state = Fiber::RETURNED;
     now.returned++;
     if (now.waiting) {
@@ -216,6 +218,7 @@ const unsigned char* wait_for_warp(unsigned mask, const void* mine, size_t bytes
 
 // They are made when they are waited for, and not before: who reads too early finds what was there.
 void copy_later(void* to, const void* from, size_t bytes, void* pc) {
+    about_to_write(to);
     now.running->copies.push_back({to, from, bytes, now.running->group, pc});
 }
 
@@ -229,6 +232,7 @@ void finish_copies(unsigned keep) {
         if (c.from) watch(c.from, c.bytes, false, c.pc);
         watch(c.to, c.bytes, true, c.pc);
         c.from ? memcpy(c.to, c.from, c.bytes) : memset(c.to, 0, c.bytes);
+        written(c.to, c.bytes);
         done++;
     }
     me->copies.erase(me->copies.begin(), me->copies.begin() + done);
@@ -265,6 +269,7 @@ static void run_block() {
     now.waiting = now.returned = 0;
     now.votes[0] = now.votes[1] = 0;
     block_begins();
+    products_begin(now.threads);
     while (now.returned < now.threads && now.error.empty()) {
         bool moved = false;
         for (unsigned i = 0; i < now.threads && now.error.empty(); i++) {
@@ -286,7 +291,8 @@ bool on_a_stack(const void* p) {
 
 // Run a kernel, all blocks one after the other. Returns an error in words, or null.
 extern "C" __attribute__((visibility("default"))) const char* emulator_launch(
-    void (*body)(void**), void** arguments, const unsigned* grid, const unsigned* block, unsigned char* shared) {
+    void (*body)(void**), void** arguments, const unsigned* grid, const unsigned* block, unsigned char* shared,
+    size_t bytes) {
     using namespace emulator;
     if (!now.stacks)
         now.stacks = static_cast<unsigned char*>(mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
@@ -296,7 +302,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulator_launch(
     now.open.clear();
     grid_size = {grid[0], grid[1], grid[2]}, block_size = {block[0], block[1], block[2]};
     now.threads = block_size.x * block_size.y * block_size.z;
-    dynamic_shared = shared;
+    dynamic_shared = shared, shared_bytes = bytes;
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0]; x++) {

@@ -95,6 +95,7 @@ extern Thread thread;                             // the one that runs
 extern uint3 block_index;
 extern dim3 block_size, grid_size;
 extern unsigned char* dynamic_shared;
+extern size_t shared_bytes;  // of it
 
 constexpr int WIDEST = 64;  // bytes that a lane may bring to a rendezvous of its warp
 
@@ -106,6 +107,13 @@ const unsigned char* wait_for_warp(unsigned mask, const void* mine, size_t bytes
 void copy_later(void* to, const void* from, size_t bytes, void* pc);
 void commit_copies();
 void finish_copies(unsigned keep);
+// The products of a warpgroup (emulated_wgmma.cpp), asked for and waited for alike, and the two fences that they need.
+unsigned shared_address(const void* p);
+void fence_proxy();
+void fence_sums();
+void multiply_later(float* sum, unsigned columns, uint64_t a, uint64_t b, Place at, void* pc);
+void commit_products();
+void finish_products(unsigned keep, Place at);
 #ifdef WATCHED  // what g++ does not see as a load or a store of the kernel, at the instruction `pc`
 void watch(const void* p, size_t bytes, bool write, void* pc);
 void watch_atomic(const void* p, size_t bytes, void* pc);

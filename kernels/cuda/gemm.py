@@ -10,7 +10,7 @@ import numpy as np
 
 from ..epilogue import finish
 from ..matmul import matmul
-from .device import copies_asynchronously
+from .device import copies_asynchronously, has_warpgroups
 from .launch import Kernel, aligned, empty, is_aligned
 from .source import macros
 from .tunable import Tunable
@@ -73,11 +73,20 @@ TENSOR_TILES = Tunable(
     dict(BLOCK_K=16),
     dict(BLOCK_K=64),
 )
+WARPGROUP_TILES = Tunable(
+    "128 x 256 sums are all that the registers of 256 threads hold; four pairs of tiles are 192 KB of a block's 227",
+    macros("gemm_wgmma.cu", "STAGES", "BLOCK_N"),
+    dict(STAGES=3),
+    dict(BLOCK_N=128),
+    dict(BLOCK_N=128, STAGES=3),
+    dict(BLOCK_N=128, STAGES=6),
+)
 
 NAIVE, COALESCED = Kernel("gemm.cu", "gemm_naive"), Kernel("gemm.cu", "gemm_coalesced")
 TILED, REGISTERS = Kernel("gemm.cu", "gemm_tiled", TILES), Kernel("gemm.cu", "gemm_registers", REGISTER_TILES)
 VECTORISED = Kernel("gemm.cu", "gemm_vectorised")  # not tunable: each of its 256 threads brings four numbers of a tile
 TENSOR = Kernel("gemm_tensor.cu", "gemm_tensor", TENSOR_TILES)
+WARPGROUPS = Kernel("gemm_wgmma.cu", "gemm_wgmma", WARPGROUP_TILES)
 
 
 @matmul.variant("cuda_naive", device="cuda", supports=_matrices(np.float32), auto=False)
@@ -128,3 +137,15 @@ def matmul_cuda_tensor(a, b, out=None, **epilogue):
     m, n, k, stages = (TENSOR[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES"))
     shared = stages * (m * TENSOR["PITCH_A"] + k * TENSOR["PITCH_B"]) * a.itemsize
     return _product(TENSOR, [("n", n), ("m", m)], (256,), a, b, out, epilogue, shared=shared)
+
+
+def _by_warpgroups(a, b, out=None, **epilogue):
+    return _eights(a, b, out, **epilogue) and has_warpgroups(a)
+
+
+@matmul.variant("cuda_wgmma", device="cuda", supports=_by_warpgroups, auto=False)
+def matmul_cuda_wgmma(a, b, out=None, **epilogue):
+    """tensor cores by warpgroups (Hopper alone), which read shared memory themselves while copies go on"""
+    m, n, stages = (WARPGROUPS[name] for name in ("BLOCK_M", "BLOCK_N", "STAGES"))
+    shared = stages * (WARPGROUPS["TILE_A"] + WARPGROUPS["TILE_B"]) * a.itemsize + WARPGROUPS["ALIGNED"]
+    return _product(WARPGROUPS, [("n", n), ("m", m)], (WARPGROUPS["THREADS"],), a, b, out, epilogue, shared=shared)

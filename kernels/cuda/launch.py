@@ -23,6 +23,7 @@ from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
 from . import device, emulated
+from .resources import cubin_of
 from .source import (
     ARRAYS,
     FOLDER,
@@ -35,6 +36,7 @@ from .source import (
     macros,
     path_of,
     signatures,
+    target,
     with_includes,
 )
 from .tunable import Tunable
@@ -117,12 +119,7 @@ class Kernel:
         import cupy
 
         if defines not in self._compiled:
-            path = path_of(self.file)
-            # CuPy finds what it has compiled by source and options, and does not look into what is included.
-            version = hashlib.sha256(with_includes(self.file).encode()).hexdigest()[:16]
-            named = *(f"-D{name}={value}" for name, value in defines), f"-DSOURCES_{version}"
-            options = ("-std=c++17", f"-I{path.parent}", f"-I{FOLDER}", *named)
-            module = cupy.RawModule(code=path.read_text(), options=options)
+            module = self._module(defines)
             try:
                 self._compiled[defines] = module.get_function(self.name)
             except cupy.cuda.compiler.CompileException as error:
@@ -132,6 +129,19 @@ class Kernel:
         if shared > PLAIN_SHARED:
             kernel.max_dynamic_shared_size_bytes = shared
         return kernel
+
+    def _module(self, defines: tuple) -> Any:
+        """The file for CuPy, which compiles it for the GPU at hand, but has no option for a target like sm_90a."""
+        import cupy
+
+        if only := target(self.file):
+            return cupy.RawModule(path=str(cubin_of(self.file, only, **dict(defines))))
+        path = path_of(self.file)
+        # CuPy finds what it has compiled by source and options, and does not look into what is included.
+        version = hashlib.sha256(with_includes(self.file).encode()).hexdigest()[:16]
+        named = *(f"-D{name}={value}" for name, value in defines), f"-DSOURCES_{version}"
+        options = ("-std=c++17", f"-I{path.parent}", f"-I{FOLDER}", *named)
+        return cupy.RawModule(code=path.read_text(), options=options)
 
 
 _tables: dict[tuple[int, ...], Any] = {}

@@ -1,4 +1,5 @@
-// The only inline PTX, each instruction with what the emulator does in its place. After the PTX manual, section 9.7.
+// Inline PTX, each instruction with what the emulator does in its place; those of warpgroups are wgmma.cuh's. After the
+// PTX manual, section 9.7.
 #pragma once
 
 #ifdef __CUDACC__

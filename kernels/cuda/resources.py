@@ -8,18 +8,21 @@ The compiler is NVRTC from the wheels (pip install 'nanocnn[nvrtc]'), or else nv
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..dispatch import DeviceError
-from .source import FOLDER
+from .emulated import cache_folder
+from .source import FOLDER, target, with_includes
 
 ARCHITECTURES = ("sm_80", "sm_90")  # Ampere (A100), Hopper (H100, H200)
 # As ptxas reports them (-v), one after the other for each kernel.
@@ -40,16 +43,44 @@ class CompileError(RuntimeError):
     """A source that does not compile; the message is the compiler's."""
 
 
+class Compiled(NamedTuple):
+    report: str  # the compiler's words
+    cubin: bytes  # the GPU's instructions
+
+
 def resources(file: str, architecture: str, **defines: Any) -> dict[str, Resources]:
     """Of each kernel of a .cu file. Raises CompileError, and DeviceError where there is no compiler."""
+    return parse(compiled(file, architecture, **defines).report)
+
+
+def compiled(file: str, architecture: str, **defines: Any) -> Compiled:
+    """A .cu file, by NVRTC or else by nvcc. Raises as `resources` does."""
     options = ["-std=c++17", *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
     try:
-        report = _by_nvrtc(file, architecture, options)
+        return _by_nvrtc(file, architecture, options)
     except DeviceError:
         if not shutil.which("nvcc"):
             raise
-        report = _by_nvcc(file, architecture, options)
-    return parse(report)
+        return _by_nvcc(file, architecture, options)
+
+
+def cubin_of(file: str, architecture: str, **defines: Any) -> Path:
+    """A .cu file compiled, as a file that is kept. Raises as `resources` does."""
+    key = hashlib.sha256(f"{with_includes(file)}{architecture}{sorted(defines.items())}".encode()).hexdigest()[:20]
+    folder = cache_folder().parent / "cuda"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{Path(file).stem}-{key}.cubin"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as made:
+            made.write(compiled(file, architecture, **defines).cubin)
+        os.replace(made.name, path)  # it appears whole or not at all
+    return path
+
+
+def architectures(file: str) -> tuple[str, ...]:
+    """Those that a .cu file is compiled for."""
+    only = target(file)
+    return (only,) if only else ARCHITECTURES
 
 
 def parse(report: str) -> dict[str, Resources]:
@@ -63,33 +94,41 @@ def parse(report: str) -> dict[str, Resources]:
     return found
 
 
-def _by_nvcc(file: str, architecture: str, options: list[str]) -> str:
-    command = ["nvcc", f"-arch={architecture}", *options, "-cubin", "--ptxas-options=-v", "-o", os.devnull]
-    done = subprocess.run([*command, str(FOLDER / file)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(f"{file} for {architecture}:\n{done.stderr.strip()}")
-    return done.stderr
+def _by_nvcc(file: str, architecture: str, options: list[str]) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.cubin")
+        # Not -arch: of sm_90a some versions of nvcc would make a plain sm_90, too, which has not all its instructions.
+        generate = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+        command = ["nvcc", generate, *options, "-cubin", "--ptxas-options=-v", "-o", str(out), str(FOLDER / file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompileError(f"{file} for {architecture}:\n{done.stderr.strip()}")
+        return Compiled(done.stderr, out.read_bytes())
 
 
 # ------------------------------------------------------------------ NVRTC, which takes the source as text
 
 
-def _by_nvrtc(file: str, architecture: str, options: list[str]) -> str:
+def _by_nvrtc(file: str, architecture: str, options: list[str]) -> Compiled:
     library, includes = _nvrtc()
     program = ctypes.c_void_p()
     text, name = (FOLDER / file).read_bytes(), file.encode()
     library.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None)
-    words = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", f"-I{FOLDER}", *includes, *options]
+    folders = dict.fromkeys([f"-I{(FOLDER / file).parent}", f"-I{FOLDER}"])
+    words = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", *folders, *includes, *options]
     given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
     status = library.nvrtcCompileProgram(program, len(words), given)
     size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, cubin)
     library.nvrtcDestroyProgram(ctypes.byref(program))
     if status:
         raise CompileError(f"{file} for {architecture}:\n{log.value.decode().strip()}")
-    return log.value.decode()
+    return Compiled(log.value.decode(), cubin.raw)
 
 
 @cache

@@ -26,6 +26,7 @@ KERNEL = re.compile(
 INCLUDE = re.compile(r'^#include "([\w.]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*")
 TEMPLATE = re.compile(r"^template\s*<[^{;]*?(\w+)\([^{;]*\{", re.M)  # of a function
+TARGET = re.compile(r"^// for (sm_\w+)$", re.M)
 MACRO = re.compile(r"^#define (\w+) +([\w\s()+*/-]+?)\s*(?://.*)?$", re.M)  # a number, or made of other macros
 
 # What a pointer may point to, and which numbers may be given where C++ has a number.
@@ -81,6 +82,12 @@ def path_of(file: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; a .cu file of your own is named by its whole path")
     return path
+
+
+def target(file: str) -> str | None:
+    """The one architecture that a file is for, if it says so in a line of its own: `// for sm_90a`."""
+    found = TARGET.search(path_of(file).read_text())
+    return found[1] if found else None
 
 
 def edited(file: str) -> int:

@@ -198,6 +198,7 @@ static void access(const unsigned char* p, size_t bytes, bool write, bool atomic
     Memory* m = memory_of(p);
     if (!m || p + bytes > m->end) return out_of_bounds(pc, p, bytes, write);
     check(*m, p, bytes, write, atomic, pc);
+    if (m->shared && write) about_to_write(p), written(p, bytes);
     const unsigned warp = thread.number / 32, lane = thread.number % 32;
     Site& site = watched.sites[warp][(uintptr_t)pc * 4 + m->shared * 2 + write];
     site.pc = pc, site.shared = m->shared, site.write = write, site.atomic = atomic;
