@@ -15,6 +15,7 @@ from . import functional as F
 from . import random
 from .capture import CaptureError
 from .data import Batch
+from .functional.cast_together import cast_together
 from .kernels import dispatch
 from .kernels.dispatch import Switch, span, to_device
 from .kernels.emulated_array import HostError
@@ -73,7 +74,9 @@ def train_step(
     def forward_backward(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         for bucket in averager.buckets:
             bucket.zero()
-        logits = model(at_entrance(x))
+        x = at_entrance(x)
+        with cast_together(averager.buckets, x.dtype):
+            logits = model(x)
         loss = F.cross_entropy(logits, y, label_smoothing, reduction="sum")
         loss.backward(seed)  # buckets leave as they fill
         return loss, logits
