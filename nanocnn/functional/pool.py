@@ -73,7 +73,7 @@ def _between(x, rows, columns):
     """sum over h, w of rows[p, h] x[n, h, w, c] columns[q, w] -> (n, p, q, c): twice one matrix times many"""
     n, h, w, c = x.shape
     p, q = len(rows), len(columns)
-    x, dtype = aside(xp_of(x).ascontiguousarray, x), x.dtype
+    x, dtype = x if x.flags.c_contiguous else aside(xp_of(x).ascontiguousarray, x), x.dtype
     wide = x if x.dtype == rows.dtype else aside(cast, x, rows.dtype)
     y = matmul(rows, wide.reshape(n, h, w * c)).reshape(n * p, w, c)
     y = matmul(columns, y).reshape(n, p, q, c)
