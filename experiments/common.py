@@ -34,7 +34,7 @@ from nanocnn.record import RecordError
 from nanocnn.resume import Position
 from nanocnn.schedules import SCHEDULES
 from nanocnn.tensor import Op
-from nanocnn.train import NonFiniteLoss, evaluate, graph, train_step
+from nanocnn.train import NonFiniteLoss, evaluate, train_step
 
 # Peak learning rates at batch 128 with which each update rule learns; LARS scales by its trust coefficient of 0.001.
 LEARNING_RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adagrad": 1e-2, "lars": 5.0}
@@ -203,8 +203,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         nc.use(*policy, **choices)
     except ChoiceError as error:
         parser.error(f"--use: {error}")
-    if graph.value == "on" and launch is not None and launch.size > 1:
-        parser.error(f"--use graph=on: a recorded step is one of a process alone, and these are {launch.size} ranks")
     if args.loss_scale and precision.value != "fp16":
         parser.error(f"--loss-scale {args.loss_scale}: gradients of float32 need none; add --use precision=fp16")
     try:

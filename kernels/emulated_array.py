@@ -32,6 +32,7 @@ class Emulated(np.ndarray):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: tuple = (), **kwargs: Any) -> Any:
         if recording is not None:
+            _refuse_blas(ufunc)
             _refuse_the_hosts(ufunc.__name__, inputs)
         function = getattr(ufunc, method)
         plain, into = _plain(inputs), _plain(out)
@@ -153,6 +154,7 @@ SENDING = (np.array, np.asarray, np.ascontiguousarray)  # what the host has, to 
 IN_PLACE = (np.copyto, np.put, np.putmask, np.ndarray.fill, np.ndarray.put, np.ndarray.sort, np.ndarray.partition)
 BY_VALUES = ("argwhere", "compress", "extract", "flatnonzero", "nonzero", "unique")  # by whose values the shape goes
 UNINITIALISED = (np.empty, np.empty_like)
+BLAS = ("dot", "einsum", "inner", "matmul", "matvec", "tensordot", "vdot", "vecdot", "vecmat")  # CuPy's own handle's
 
 emulated_numpy = EmulatedNumPy()
 
@@ -209,6 +211,7 @@ def _made_by(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     if recording is not None:
         if getattr(function, "__name__", "") in BY_VALUES:
             raise HostError(f"{function.__name__}: how much it finds depends on values, {UNKNOWN}")
+        _refuse_blas(function)
         _refuse_the_hosts(getattr(function, "__name__", "a function"), (*args, *kwargs.values()))
     if function in IN_PLACE or kwargs.get("out") is not None:
         change(compute)
@@ -229,6 +232,16 @@ def _copy(found: Any, room: list[np.ndarray]) -> None:
 
 
 UNKNOWN = "which are not there while what the device does is recorded"
+
+
+def _refuse_blas(function: Any) -> None:
+    """Raise HostError for what CuPy lets cuBLAS or cuSOLVER compute, which it refuses while a stream is recorded."""
+    name = getattr(function, "__name__", "")
+    if name in BLAS or "linalg" in (getattr(function, "__module__", None) or ""):
+        raise HostError(
+            f"{name}: CuPy calls NVIDIA's libraries by a handle of its own, which cannot be recorded. The primitive "
+            "`matmul` (kernels/matmul.py) can, and so can tensors' @"
+        )
 
 
 def _refuse_masks(index: Any) -> None:

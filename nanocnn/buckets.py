@@ -13,6 +13,7 @@ from typing import Any
 from .kernels.dispatch import xp_of
 from .tensor import Tensor
 
+ALIGNED = 8  # numbers: 16 bytes of halves, which kernels load at once; what begins elsewhere they copy first
 DEFAULT_BYTES = 4 << 20  # 1 to 4 MB is where an all-reduce within a host is fastest
 
 
@@ -63,7 +64,8 @@ class Bucket:
 
 
 def make_buckets(named: Sequence[tuple[str, Tensor]], bucket_bytes: int = DEFAULT_BYTES) -> list[Bucket]:
-    """Buckets of about `bucket_bytes`, last parameter first: the order in which backward fills them.
+    """Buckets of about `bucket_bytes`, last parameter first: the order in which backward fills them. Within a bucket,
+    those come last whose size is no multiple of ALIGNED.
 
     A parameter larger than that has a bucket of its own. Parameters of different dtypes never share one.
     """
@@ -72,6 +74,7 @@ def make_buckets(named: Sequence[tuple[str, Tensor]], bucket_bytes: int = DEFAUL
 
     def close() -> None:
         if held:
+            held.sort(key=lambda item: item[1].size % ALIGNED != 0)  # what is odd, last: it would shift all after it
             buckets.append(Bucket(*zip(*held, strict=True)))
             held.clear()
 

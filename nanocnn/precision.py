@@ -24,9 +24,9 @@ import numpy as np
 from . import tensor
 from .buckets import Bucket
 from .kernels import dispatch, half
-from .kernels.dispatch import Switch, aside, span, xp_of
-from .kernels.multi_tensor import LARGEST
-from .kernels.update import unscale_
+from .kernels.dispatch import Switch, aside, device_of, span, xp_of
+from .kernels.multi_tensor import LARGEST, found_nonfinite_
+from .kernels.update import scale_, unscale_
 from .tensor import Op, Tensor
 
 precision = Switch(
@@ -96,7 +96,7 @@ class LossScaler:
         if not self.enabled:
             return True
         with span("unscale", "update"):
-            finite = all(unscale_(bucket.grad, 1 / self.scale) for bucket in buckets)
+            finite = _unscaled([bucket.grad for bucket in buckets], 1 / self.scale)
         if finite:
             self.good += 1
             if self.dynamic and self.good >= self.interval:
@@ -131,6 +131,20 @@ class LossScaler:
         if self.enabled and self.dynamic:
             self.scale, self.good = max(float(state["scale"]), self.floor), int(state["good"])
         self.skipped = int(state["skipped"])
+
+
+def _unscaled(grads: Sequence[Any], factor: float) -> bool:
+    """Multiply all of them, and say whether they are finite. Of a device the host asks that once, not of each array: it
+    waits for the answer."""
+    if device_of(grads[0]) == "cpu":
+        return all(unscale_(grad, factor) for grad in grads)
+    found = xp_of(grads[0]).zeros(1, np.int32)
+    found_nonfinite_(grads, found)
+    if bool(found[0]):
+        return False
+    for grad in grads:
+        scale_(grad, factor)
+    return True
 
 
 # ------------------------------------------------------------------ the microscope

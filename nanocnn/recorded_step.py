@@ -1,23 +1,28 @@
 """A whole training step of a device in one recording: forward, backward, the test for overflow, update, loss scale.
+And forward and backward alone, for the rest.
 
 On a GPU that is one CUDA graph. What changes from step to step lies on the device (kernels/multi_tensor.py, `control`):
 the learning rate is written there before each step, the count of updates and the loss scale change there. After the
 step the host reads one small array, and with it knows all that it must: the loss, the number of correct predictions,
 whether a gradient overflowed, and the state of the loss scaler. Between, it waits for nothing.
+
+Not the whole step: where ranks sum gradients, for which the host works or waits; where the update asks the host (LARS,
+Adagrad, clipping); and on the CPU, where the update is a few calls. There forward and backward are recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .capture import capture
 from .data import Batch
-from .kernels.dispatch import to_device, xp_of
+from .kernels.dispatch import aside, to_device, xp_of
 from .kernels.multi_tensor import GOOD, LR, SCALE, SKIPPED, STEP, found_nonfinite_, update_scale_
 from .optim import Optimizer
+from .parallel import GradientAverager
 from .precision import LossScaler
 from .tensor import Tensor
 
@@ -91,3 +96,37 @@ class RecordedStep:
         if self._written != self._counters():
             self._written = self._counters()
             self.control[...] = to_device(np.array(self._written, np.float64), self.device)
+
+
+class RecordedBackward:
+    """`forward_backward` alone, on any device: called as it is, and then every gradient is there, if need be as zeros.
+
+    No bucket leaves while backward runs: what a graph does when it is launched, Python does not hear of, and each rank
+    records when it has to. So `averager.finish()` sums them all.
+    """
+
+    def __init__(
+        self,
+        forward_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+        averager: GradientAverager,
+        example: list[Any],
+    ):
+        self.averager = averager
+
+        def work(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            results = forward_backward(*inputs)
+            for bucket in averager.buckets:
+                aside(bucket.fill_missing)
+            return results
+
+        with averager.no_sync():
+            self._work = capture(work, *example)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the logits."""
+        with self.averager.no_sync():  # on the CPU the calls by which gradients announce themselves are made again
+            results = self._work(*inputs)
+        for bucket in self.averager.buckets:
+            for p in bucket.params:
+                p.grad = p.grad_buffer  # somebody may have forgotten it since
+        return results

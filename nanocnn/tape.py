@@ -156,7 +156,8 @@ class Tape(dispatch.Recorder):
         result = _as_arrays(function(*args, **kwargs))
         if not self.mine() or len(self.calls) > calls:
             return result
-        given = arrays_in((args, saved))  # no primitive: NumPy did it, or it is a view and nothing was done
+        # no primitive: NumPy did it, or it is a view and nothing was done
+        given = arrays_in((args, tuple(kwargs.values()), saved))
         if all(any(np.may_share_memory(x, y) for x in given) for y in arrays_in(result)):
             return result
         if kind == "forward":

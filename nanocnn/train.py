@@ -13,8 +13,9 @@ import numpy as np
 
 from . import functional as F
 from . import random
-from .capture import CaptureError, capture
+from .capture import CaptureError
 from .data import Batch
+from .functional.cast_together import cast_together
 from .kernels import dispatch
 from .kernels.dispatch import Switch, span, to_device
 from .kernels.emulated_array import HostError
@@ -23,14 +24,15 @@ from .nn import Module
 from .optim import Optimizer, clip_grad_norm_
 from .parallel import Comm, GradientAverager
 from .precision import LossScaler, NonFiniteGradient, Overflow, at_entrance, first_overflow, precision
-from .recorded_step import RecordedStep
+from .recorded_step import RecordedBackward, RecordedStep
 from .tensor import Tensor, no_grad
 
 graph = Switch(
     "graph",
-    "how a training step of a process alone reaches its kernels",
+    "how a training step reaches its kernels",
     off="through Python, op by op",
-    on="recorded once and made again: on the CPU forward and backward (capture.py), on a GPU the whole step",
+    on="recorded once and made again: on a GPU the whole step of a process alone; else forward and backward, and after "
+    "them ranks sum their gradients (no overlap)",
 )
 
 
@@ -70,20 +72,25 @@ def train_step(
     """
 
     def forward_backward(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        averager.zero()
-        logits = model(at_entrance(x))
+        for bucket in averager.buckets:
+            bucket.zero()
+        x = at_entrance(x)
+        with cast_together(averager.buckets, x.dtype):
+            logits = model(x)
         loss = F.cross_entropy(logits, y, label_smoothing, reduction="sum")
         loss.backward(seed)  # buckets leave as they fill
         return loss, logits
 
-    alone = averager.comm.size == 1 and dispatch.recorder is None
-    if graph.value == "on" and alone and model.device != "cpu" and optimizer.goes_together() and clip is None:
+    averager.begin()
+    recorded = graph.value == "on" and dispatch.recorder is None and _recordable(batch, model.device)
+    whole = model.device != "cpu" and averager.comm.size == 1 and optimizer.goes_together() and clip is None
+    if recorded and whole:
         return _recorded_step(model, forward_backward, batch, optimizer, lr, averager, label_smoothing, stop, scaler)
     with random.keyed(batch.epoch, batch.index):
         run: Any = forward_backward
-        if graph.value == "on" and alone:
-            example = batch.x, batch.y, _seed(batch, 1.0)
-            make = partial(capture, forward_backward, *(to_device(a, model.device) for a in example))
+        if recorded:
+            example = [to_device(a, model.device) for a in (batch.x, batch.y, _seed(batch, 1.0))]
+            make = partial(RecordedBackward, forward_backward, averager, example)
             run = _kept(model, batch, make, averager, label_smoothing)
         loss, logits = run(*(Tensor(a).to(model.device) for a in (batch.x, batch.y, _seed(batch, scaler.scale))))
     averager.finish()
@@ -102,6 +109,12 @@ def train_step(
             clip_grad_norm_(averager.buckets, clip)
         optimizer.step(lr)
     return result
+
+
+def _recordable(batch: Batch, device: str) -> bool:
+    """Not so is a rank's part of a batch that has no images; nor, on the CPU, one whose labels are all the same: it is
+    on others that a recording is tried there (trial.py). Such a step is made op by op, to the same bits."""
+    return len(batch.y) > 0 and (device != "cpu" or bool((batch.y != batch.y[0]).any()))
 
 
 def _recorded_step(

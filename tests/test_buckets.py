@@ -67,6 +67,12 @@ def test_buckets_are_filled_from_the_last_parameter():
     assert [b.size for b in buckets] == [11, 300, 30]
 
 
+def test_a_parameter_of_odd_size_shifts_no_other():
+    (bucket,) = make_buckets(named((24,), (3,), (8, 2), (10,)))
+    assert bucket.names == ["p2", "p0", "p3", "p1"]
+    assert [where.start for where in bucket.slices] == [0, 16, 40, 50]
+
+
 def test_dtypes_never_share_a_bucket():
     params = named((3,), (3,)) + named((3,), dtype=np.float64)
     assert [b.data.dtype for b in make_buckets(params)] == [np.float64, np.float32]
@@ -80,7 +86,7 @@ def test_a_generator_and_an_empty_parameter_will_do():
     (bucket,) = make_buckets(pair for pair in named((0, 4), (2,)))
     assert bucket.size == 2
     bucket.fill_missing()
-    assert bucket.params[1].grad.shape == (0, 4)
+    assert bucket.params[0].grad.shape == (0, 4)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -37,6 +37,16 @@ def test_every_layout_of_every_shape(dtype, tolerance, batch):
         np.testing.assert_allclose(np.asarray(c, np.float64), want, rtol=tolerance, atol=tolerance * k)
 
 
+@pytest.mark.parametrize(("left", "right"), [((), (3,)), ((2, 3), ()), ((1,), (3,)), ((2, 1), (3,)), ((3,), (2, 3))])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_matrix_and_many(left, right, transposed):
+    rng = np.random.default_rng(0)
+    a, b = matrix(rng, left, 3, 5, "float32", transposed), matrix(rng, right, 5, 7, "float32", not transposed)
+    with using(matmul="cublas"):
+        c = matmul(a, b)
+    np.testing.assert_allclose(c, np.matmul(np.asarray(a), np.asarray(b)), rtol=1e-5, atol=1e-5)
+
+
 def test_parts_of_matrices_and_memory_of_the_callers():
     rng = np.random.default_rng(0)
     whole = matrix(rng, (), 10, 12, "float32", False)

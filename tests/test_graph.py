@@ -91,10 +91,10 @@ MAKES = {
     "zeros": lambda x, xp: xp.zeros_like(x) + xp.full((), 2.0, np.float32),
     "pad": lambda x, xp: xp.pad(x, 1),
     "divmod": lambda x, xp: xp.divmod(x, 2)[1],
-    "a product": lambda x, xp: x @ x.T,
+    "a product": lambda x, xp: (nc.Tensor(x) @ nc.Tensor(x.T)).data,
+    "one matrix and many": lambda x, xp: (nc.Tensor(x) @ nc.Tensor(xp.stack([x, x.T]))).data,
     "one number": lambda x, xp: x[1, 0] * 2,
     "numbers of a row": lambda x, xp: sum(x[0]),
-    "dot": lambda x, xp: x.dot(x),
     "trace": lambda x, xp: x.trace(),
     "argsort": lambda x, xp: x.argsort(axis=1),
     "round": lambda x, xp: x.round(),
@@ -144,6 +144,25 @@ def test_the_host_cannot_send(send):
     x = there([[1, 2], [3, 4]])
     with pytest.raises(HostError, match=r"to the device while what that does is recorded"):
         recorded(lambda: send(x))
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda x, xp: x @ x,
+        lambda x, xp: xp.matmul(x, x),
+        lambda x, xp: x.dot(x),
+        lambda x, xp: xp.tensordot(x, x, axes=1),
+        lambda x, xp: xp.einsum("ij,jk", x, x),
+        lambda x, xp: xp.linalg.norm(x, 2),
+    ],
+    ids=["@", "matmul", "dot", "tensordot", "einsum", "norm"],
+)
+def test_a_product_by_cupys_handle_cannot_be_recorded(multiply):
+    x = there([[1, 2], [3, 4]])
+    with pytest.raises(HostError, match=r"cannot be recorded\. The primitive `matmul`"):
+        recorded(lambda: multiply(x, xp_of(x)))
+    assert device_of(multiply(x, xp_of(x))) == "emulated"
 
 
 def test_a_graph_says_what_it_cannot():
@@ -282,6 +301,29 @@ def test_a_captured_network_predicts():
     assert "a graph of the device 'emulated' for float32[4, 32, 32, 3]" in str(predict)
     with pytest.raises(CaptureError, match=r"captured for float32\[4, 32, 32, 3\], called with float32\[2"):
         predict(other[:2])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+def test_adaptive_pooling_is_recorded(dtype, tolerance):
+    """Windows of unequal sizes, forward and backward; of halves every sum is one of float32, and rounded once."""
+    x = np.random.default_rng(0).standard_normal((2, 23, 7, 3)).astype(dtype)
+    weight = np.random.default_rng(1).standard_normal((2, 4, 5, 3))
+
+    def pooled(x, weight):
+        leaf = nc.Tensor(x.data, requires_grad=True)
+        y = F.adaptive_avg_pool2d(leaf, (4, 5))
+        y.backward(weight)
+        return y, nc.Tensor(leaf.grad)
+
+    found = nc.capture(pooled, there(0 * x, 0 * weight, dtype=dtype)[0], there(weight, dtype=dtype))(
+        x, weight.astype(dtype)
+    )
+    exact = pooled(nc.Tensor(x.astype(np.float64)), nc.Tensor(weight.astype(dtype).astype(np.float64)))
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.numpy(), b.data, rtol=tolerance, atol=tolerance / 10)
+    ones = F.adaptive_avg_pool2d(nc.Tensor(there(np.ones((1, 7, 7, 1)), dtype=dtype)), (3, 3))
+    assert (ones.numpy() == 1).all()
 
 
 def test_masks_outside_keyed_are_new_each_time():

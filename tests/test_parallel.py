@@ -281,3 +281,14 @@ def test_ranks_on_a_device_are_equal_to_one_process(n):
     outcome = ranks(n, "devices.py")
     assert outcome.status == 0, outcome.output
     assert "all checked" in outcome.output
+
+
+# ---------------------------------------------------------------- recorded steps
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=NEEDS_GXX)])
+def test_a_recorded_step_of_two_ranks_goes_the_same_way(device):
+    """Bit by bit; with every way to sum, in fp16 with steps that are skipped, with an update that asks the host."""
+    outcome = ranks(2, "recorded.py", device, timeout=120)
+    assert outcome.status == 0, outcome.output
+    assert "all alike" in outcome.output

@@ -15,6 +15,7 @@ from nanocnn import checkpoint, nn
 from nanocnn import functional as F
 from nanocnn.data import Batch
 from nanocnn.kernels import dispatch, half
+from nanocnn.kernels.emulated_array import Emulated
 from nanocnn.models import alexnet_cifar, lenet5
 from nanocnn.parallel import Alone, GradientAverager
 from nanocnn.precision import LossScaler, NonFiniteGradient, at_entrance, first_overflow
@@ -187,6 +188,23 @@ def test_the_dynamic_scale_grows_backs_off_and_ends_at_its_floor():
     with pytest.raises(NonFiniteGradient, match="not finite at 2, the floor of the dynamic loss scale"):
         scaler.unscale(buckets_with(math.inf))
     assert scaler.figures() == {"loss_scale": 2, "skipped_steps": 3}
+
+
+@NEEDS_GXX
+@pytest.mark.parametrize("bad", [(), (0,), (2,), (0, 1, 2)])
+def test_of_a_device_the_host_asks_once_for_all_buckets(bad, monkeypatch):
+    named = [(str(i), nn.Parameter(np.zeros(3, np.float32))) for i in range(3)]
+    for _, p in named:
+        p.data = dispatch.to_device(p.data, "emulated")
+    buckets = nc.optim.SGD(named, 0.1, bucket_bytes=12).buckets
+    for i, bucket in enumerate(buckets):
+        bucket.grad[...] = math.inf if i in bad else 16
+    looks, seen = [], Emulated._seen
+    monkeypatch.setattr(Emulated, "_seen", lambda self: looks.append(self) or seen(self))
+    assert LossScaler(8.0).unscale(buckets) == (not bad)
+    assert (len(buckets), len(looks)) == (3, 1)
+    if not bad:
+        assert all((np.asarray(bucket.grad) == 2).all() for bucket in buckets)
 
 
 def test_a_static_scale_stays_and_one_that_is_off_does_nothing():

@@ -3,6 +3,7 @@
 CuPy calls it, too, but not while a stream is recorded (kernels/cuda/graph.py), as its handle may take memory then. Ours
 has a workspace of its own. One call does any product of matrices that lie in rows or in columns, one or a batch of
 them: cuBLAS thinks in columns, and a matrix in rows is its transpose in columns, so C = A B is asked for as C' = B' A'.
+Of one matrix and many, the one is as far from the next as 0 numbers.
 
 On the device `emulated` the same calls go to emulated_cublas.cpp. On a GPU this was not yet run.
 """
@@ -10,6 +11,7 @@ On the device `emulated` the same calls go to emulated_cublas.cpp. On a GPU this
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from ctypes import c_int, c_longlong, c_size_t, c_void_p
 from functools import cache
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import emulated_array
-from ..dispatch import DeviceError, Switch, device_of
+from ..dispatch import DeviceError, Switch, device_of, xp_of
 from ..epilogue import finish
 from ..memory import address
 from . import emulated
@@ -125,15 +127,35 @@ def _layout(x: Any) -> tuple[Any, bool, int]:
 
 
 def _products(a: Any, b: Any, out: Any = None, *, bias: Any = None, relu: bool = False) -> bool:
-    """Matrices, or as many in one batch as in the other, of one dtype, not empty."""
-    alike = a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
-    return alike and a.dtype == b.dtype and a.dtype in TYPES and bool(a.size and b.size)
+    """Matrices or batches of them, of one dtype, not empty."""
+    fit = min(a.ndim, b.ndim) >= 2 and a.shape[-1] == b.shape[-2] and _batch(a, b) is not None
+    return fit and a.dtype == b.dtype and a.dtype in TYPES and bool(a.size and b.size)
+
+
+def _batch(a: Any, b: Any) -> tuple[int, ...] | None:
+    """The leading axes of the product; None if they do not fit."""
+    if a.shape[:-2] == b.shape[:-2]:
+        return a.shape[:-2]
+    try:
+        return np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except ValueError:
+        return None
+
+
+def _matrices(x: Any, batch: tuple[int, ...]) -> tuple[Any, int]:
+    """A matrix for each of the batch, or one for all; and how many numbers one is from the next."""
+    rows, columns = x.shape[-2:]
+    if x.size == rows * columns:
+        return x[(0,) * (x.ndim - 2)], 0
+    if x.shape[:-2] != batch:  # some for several: a copy for each
+        x = xp_of(x).broadcast_to(x, (*batch, rows, columns))
+    return x, rows * columns
 
 
 @matmul.variant("cublas", device="cuda", supports=_products)
 def matmul_cublas(a, b, out=None, **epilogue):
     """cuBLAS, by a handle of our own, which can be recorded in a graph; sums of fp16 in fp32"""
-    shape = (*a.shape[:-1], b.shape[-1])
+    shape = (*(_batch(a, b) or ()), a.shape[-2], b.shape[-1])
     c = out if out is not None and out.flags.c_contiguous and out.dtype == a.dtype else empty(a, shape)
     multiply(a, b, c)
     if out is not None and c is not out:
@@ -144,7 +166,8 @@ def matmul_cublas(a, b, out=None, **epilogue):
 
 def multiply(a: Any, b: Any, c: Any) -> None:
     """c = a b, for arrays (..., M, K), (..., K, N) and (..., M, N), the last C-contiguous. Raises CublasError."""
-    (m, k), n, count = a.shape[-2:], b.shape[-1], int(np.prod(a.shape[:-2], dtype=np.int64))
+    (m, k), n, batch = a.shape[-2:], b.shape[-1], c.shape[:-2]
+    (a, a_next), (b, b_next), count = _matrices(a, batch), _matrices(b, batch), math.prod(batch)
     (a, a_columns, lda), (b, b_columns, ldb) = _layout(a), _layout(b)
     device, kind = device_of(c), TYPES[c.dtype]
     number = ctypes.c_double if c.dtype == np.float64 else ctypes.c_float
@@ -158,7 +181,7 @@ def multiply(a: Any, b: Any, c: Any) -> None:
         _done(
             library.cublasGemmStridedBatchedEx(
                 handle, b_columns, a_columns, n, m, k, ctypes.addressof(one),
-                _begin(b), kind, ldb, k * n, _begin(a), kind, lda, m * k, ctypes.addressof(zero),
+                _begin(b), kind, ldb, b_next, _begin(a), kind, lda, a_next, ctypes.addressof(zero),
                 _begin(c), kind, n, m * n, count, compute, BEST,
             )
         )  # fmt: skip

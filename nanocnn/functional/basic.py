@@ -14,6 +14,7 @@ from ..kernels.elementwise import add_bias, as_rows, bias_grad
 from ..kernels.half import cast as cast_kernel
 from ..kernels.matmul import matmul as matmul_kernel
 from ..tensor import Op, Tensor, as_tensor
+from .cast_together import made_of
 from .fuse import back_through_epilogue, fuse, one_by_one
 
 
@@ -236,12 +237,19 @@ class Pad(Op):
 
 
 class Cast(Op):
-    def forward(self, a, *, dtype):
+    """`made` is the result, where a bucket of weights was cast at once. A weight's gradient is written in its place."""
+
+    def forward(self, a, *, dtype, made=None):
         self.dtype = a.dtype
-        return cast_kernel(a, dtype)
+        return cast_kernel(a, dtype) if made is None else made
 
     def backward(self, gy):
-        return cast_kernel(gy, self.dtype)
+        out = self.out_for(0)
+        if out is None:
+            return cast_kernel(gy, self.dtype)
+        with np.errstate(over="ignore"):
+            out[...] = gy
+        return out
 
 
 def need_floats(name: str, x: Tensor) -> None:
@@ -290,7 +298,7 @@ def cast(x: Tensor, dtype: Any) -> Tensor:
     dtype = np.dtype(dtype)
     if dtype.kind != "f":
         raise TypeError(f"cast to {dtype}: expected a floating-point dtype: float16, float32 or float64")
-    return x if x.dtype == dtype else Cast.apply(x, dtype=dtype)
+    return x if x.dtype == dtype else Cast.apply(x, dtype=dtype, made=made_of(x, dtype))
 
 
 def reshape(x: Tensor, *shape: Any) -> Tensor:

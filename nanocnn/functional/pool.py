@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
+
 from ..kernels import pool2d as kernels
-from ..kernels.dispatch import xp_of
+from ..kernels.dispatch import aside, device_of, to_device, xp_of
+from ..kernels.half import cast
+from ..kernels.matmul import matmul
 from ..tensor import Op, Tensor
 from .activation import relu as relu_of
 from .basic import need_floats, reshape
@@ -37,28 +43,41 @@ class AdaptiveAvgPool2d(Op):
     """Windows of unequal sizes: y = R x C with matrices R over rows and C over columns, whose rows are the windows."""
 
     def forward(self, x, *, output_size):
-        xp = xp_of(x)
-        self.rows = _averages(xp, x.shape[1], output_size[0], x.dtype)
-        self.columns = _averages(xp, x.shape[2], output_size[1], x.dtype)
-        return _between(xp, x, self.rows, self.columns)
+        self.matrices = [
+            _averages(*sizes, _wide(x), device_of(x)) for sizes in zip(x.shape[1:3], output_size, strict=True)
+        ]
+        return _between(x, *self.matrices)
 
     def backward(self, gy):
-        return _between(xp_of(gy), gy, self.rows.T, self.columns.T)
+        return _between(gy, *(matrix.T for matrix in self.matrices))
 
 
-def _averages(xp, size, out, dtype):
-    """(out, size): row i averages pixels floor(i size / out) to ceil((i + 1) size / out)."""
-    matrix = xp.zeros((out, size), dtype)
+@cache
+def _averages(size, out, dtype, device):
+    """(out, size): row i averages pixels floor(i size / out) to ceil((i + 1) size / out). Kept for good, on the device:
+    while a step is recorded the host could not send it, and afterwards a graph reads it there."""
+    matrix = np.zeros((out, size), dtype)
     for i in range(out):
         first, last = i * size // out, -(-(i + 1) * size // out)
         matrix[i, first:last] = 1 / (last - first)
-    return matrix
+    matrix.flags.writeable = False
+    return to_device(matrix, device)
 
 
-def _between(xp, x, rows, columns):
-    """sum over h, w of rows[p, h] x[n, h, w, c] columns[q, w] -> (n, p, q, c)"""
-    x = xp.tensordot(rows, x, axes=(1, 1))  # (p, n, w, c)
-    return xp.ascontiguousarray(xp.tensordot(columns, x, axes=(1, 2)).transpose(2, 1, 0, 3))
+def _wide(x):
+    """What is computed in: float32 for halves, in which a third is off by 1 in 4096 and so would be every mean."""
+    return x.dtype if x.dtype.itemsize > 2 else np.dtype(np.float32)
+
+
+def _between(x, rows, columns):
+    """sum over h, w of rows[p, h] x[n, h, w, c] columns[q, w] -> (n, p, q, c): twice one matrix times many"""
+    n, h, w, c = x.shape
+    p, q = len(rows), len(columns)
+    x, dtype = x if x.flags.c_contiguous else aside(xp_of(x).ascontiguousarray, x), x.dtype
+    wide = x if x.dtype == rows.dtype else aside(cast, x, rows.dtype)
+    y = matmul(rows, wide.reshape(n, h, w * c)).reshape(n * p, w, c)
+    y = matmul(columns, y).reshape(n, p, q, c)
+    return y if y.dtype == dtype else aside(cast, y, dtype)
 
 
 def _image(name: str, x: Tensor) -> None:

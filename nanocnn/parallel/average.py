@@ -82,9 +82,13 @@ class GradientAverager:
         return n_local / n_global
 
     def zero(self) -> None:
-        """Forget the gradients, and heed the switches `reduce` and `overlap` from here on."""
+        """Forget the gradients, and begin()."""
         for bucket in self.buckets:
             bucket.zero()
+        self.begin()
+
+    def begin(self) -> None:
+        """Heed the switches `reduce` and `overlap` from here on, and expect all gradients. Collective."""
         if self.comm.size > 1:
             self._begin()
 
