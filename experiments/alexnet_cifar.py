@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   python experiments/alexnet_cifar.py --epochs 3 --width 0.5      alone, a small one
   mpiexec -n 4 python experiments/alexnet_cifar.py                four ranks
   mpiexec -n 4 python experiments/alexnet_cifar.py --resume       ... going on where it stopped
-  python experiments/alexnet_cifar.py --use precision=fp16        half precision, with a loss scale
+  python experiments/alexnet_cifar.py --use precision=fp16        half precision, with a loss scale; or bf16, without
   python experiments/alexnet_cifar.py --use reference --profile   the textbook's kernels, and where their time goes
 """
 

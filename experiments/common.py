@@ -28,6 +28,7 @@ from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.parallel.launcher import launched
 from nanocnn.precision import LossScaler, NonFiniteGradient, precision
+from nanocnn.precision import check as check_precision
 from nanocnn.profile import Profile, merge_traces
 from nanocnn.progress import say
 from nanocnn.record import RecordError
@@ -98,7 +99,8 @@ def _add_optimisation(group) -> None:
         "--loss-scale",
         type=loss_scale,
         metavar="SCALE",
-        help="with --use precision=fp16: dynamic, which is the default there, or the number that it is to stay",
+        help="in half precision: dynamic, which is the default with precision=fp16 (with bf16 there is none), or the "
+        "number that it is to stay",
     )
     group.add_argument("--clip", type=positive, metavar="NORM", help="largest norm of the whole gradient")
     group.add_argument("--ema", type=fraction, metavar="DECAY", help="evaluate an average of the weights, 0.999 say")
@@ -203,12 +205,15 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         nc.use(*policy, **choices)
     except ChoiceError as error:
         parser.error(f"--use: {error}")
-    if args.loss_scale and precision.value != "fp16":
+    if args.loss_scale and precision.value == "fp32":
         parser.error(f"--loss-scale {args.loss_scale}: gradients of float32 need none; add --use precision=fp16")
     try:
         {"cpu": lambda: None, "cuda": gpu.check, "emulated": emulated.compiler}[args.device]()
+        check_precision(args.device)
     except DeviceError as error:
         parser.error(f"--device {args.device}: {error}")
+    except ChoiceError as error:
+        parser.error(f"--use: {error}")
     return args
 
 
@@ -223,10 +228,10 @@ def make_optimizer(args: argparse.Namespace, model: nc.nn.Module) -> Optimizer:
 
 
 def make_scaler(args: argparse.Namespace) -> LossScaler:
-    """The loss scale of precision=fp16, dynamic or the number of `--loss-scale`; in fp32 one that does nothing."""
-    if args.loss_scale in (None, "dynamic"):
+    """What `--loss-scale` says; without it a dynamic one with precision=fp16, and else one that does nothing."""
+    if args.loss_scale is None:
         return LossScaler(enabled=precision.value == "fp16")
-    return LossScaler(args.loss_scale, dynamic=False)
+    return LossScaler() if args.loss_scale == "dynamic" else LossScaler(args.loss_scale, dynamic=False)
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:

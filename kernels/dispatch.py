@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from .emulated_array import Emulated, emulated_numpy
+from .narrow import is_float
 
 POLICIES = {
     "fastest": "the last variant of each ladder that supports the arguments: a fixed rule, alike on every rank and run",
@@ -277,7 +278,7 @@ def plain_floats(*args: Any, **kwargs: Any) -> bool:
     """What a Numba variant supports unless it says otherwise: float arrays all float32 or all float64."""
     found = None
     for a in (*args, *kwargs.values()):
-        if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+        if isinstance(a, np.ndarray) and is_float(a.dtype):
             if a.dtype not in FLOATS or a.dtype != (found or a.dtype):
                 return False
             found = a.dtype

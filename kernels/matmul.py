@@ -8,7 +8,7 @@ from numba import njit, prange
 from .dispatch import Primitive, aside, plain_floats, xp_of
 from .epilogue import finish
 from .gemm import gemm
-from .half import HALF, SINGLE, cast, is_half
+from .half import SINGLE, cast, is_half
 from .memory import clear, contiguous, empty
 from .tile import ROWS
 
@@ -26,7 +26,7 @@ def _product(a, b, out):
     """Halves are added up in float32, as cuBLAS does it. (So does NumPy, but one by one: its BLAS has no halves.)"""
     if not (is_half(a) and isinstance(a, np.ndarray)):
         return xp_of(a).matmul(a, b, out=out)
-    c = cast(xp_of(a).matmul(cast(a, SINGLE), cast(b, SINGLE)), HALF)
+    c = cast(xp_of(a).matmul(cast(a, SINGLE), cast(b, SINGLE)), a.dtype)
     if out is None:
         return c
     out[...] = c

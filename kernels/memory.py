@@ -32,6 +32,7 @@ import numpy as np
 from . import threads
 from .caches import L3
 from .dispatch import Switch, aside
+from .narrow import HALVES
 
 pool = Switch(
     "pool",
@@ -135,7 +136,7 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     size = math.prod(shape) * dtype.itemsize
-    if size < SMALL or dtype.kind not in NUMBERS or pool.value == "off":
+    if size < SMALL or not (dtype.kind in NUMBERS or dtype in HALVES) or pool.value == "off":
         return np.empty(shape, dtype)
     size = -(-size // PAGE) * PAGE
     home = _recent.get(size)
@@ -155,7 +156,8 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     loan = Loan(start, home, shape, dtype)
     if _watch is not None:
         _watch.add(loan)
-    return np.asarray(loan)
+    made = np.asarray(loan)
+    return made if made.dtype == dtype else made.view(dtype)  # for bfloat16 the array interface has no word
 
 
 def address(x: np.ndarray) -> int:

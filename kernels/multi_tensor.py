@@ -59,7 +59,7 @@ def multi_sgd_update(control, hyper, data, grads, momentum_buffers, copies=None,
     """`sgd_update` of each bucket with its row of `hyper` (B, 5), from gradients that are multiplied by 1 / scale.
 
     data, grads, momentum_buffers: lists of (n,) arrays of one float dtype; a buffer is None without momentum. copies:
-    float16 arrays, where given, to which the new data go too. Where `found` is given and not 0, nothing happens.
+    arrays of halves, where given, to which the new data go too. Where `found` is given and not 0, nothing happens.
     """
     lr, step, scale = control[:GOOD].tolist()
     for row, w, grad, buffer in _buckets(scale, found, hyper, data, grads, momentum_buffers):

@@ -34,6 +34,8 @@ from rich.text import Text
 from .example_calls import LAYERS, BenchError, Shape, arguments, can_make, shape_of
 from .kernels import dispatch, threads
 from .kernels.dispatch import Primitive, Variant
+from .kernels.half import dtype_of
+from .kernels.narrow import is_float
 from .machine import machine_facts
 from .roofline import Peaks, draw, peaks
 
@@ -207,14 +209,14 @@ def in_float64(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def wide(a: Any) -> Any:
         if isinstance(a, list):
             return [*map(wide, a)]
-        return a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
+        return a.astype(np.float64) if isinstance(a, np.ndarray) and is_float(a.dtype) else a
 
     return tuple(map(wide, args)), {name: wide(a) for name, a in kwargs.items()}
 
 
 def _dtype_of(args: tuple, kwargs: dict) -> str:
     """The type of floats with the fewest digits: hyper-parameters in float64 may stand beside weights in float32."""
-    floats = [a.dtype for a in _arrays([args, kwargs]) if a.dtype.kind == "f"]
+    floats = [a.dtype for a in _arrays([args, kwargs]) if is_float(a.dtype)]
     return min(floats, key=lambda dtype: dtype.itemsize).name if floats else ""
 
 
@@ -290,7 +292,8 @@ SIZES = (
     ("dilation", "D", "pixels between two of a window"),
     ("groups", "G", "of channels that see only each other"),
 )
-DTYPES = (*TOLERANCES, "float16")  # the last is for CUDA kernels
+HALVES = {"float16": "fp16", "bfloat16": "bf16"}  # for CUDA kernels
+DTYPES = (*TOLERANCES, *HALVES)
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -376,7 +379,8 @@ def _call(args: argparse.Namespace, console: Console) -> tuple:
         if args.primitive != "matmul" or len(args.product) != 3:
             raise BenchError(f"sizes {args.product}: only matmul takes them, three: M K N")
         sizes |= dict(zip("mkn", args.product, strict=True))
-    call = arguments(args.primitive, shape_of(args.layer, **sizes), args.dtype)
+    dtype = dtype_of(HALVES[args.dtype]) if args.dtype in HALVES else args.dtype
+    call = arguments(args.primitive, shape_of(args.layer, **sizes), dtype)
     console.print(Text(f"{args.primitive}({dispatch.describe(call, {})})", "bold"), soft_wrap=True)
     return call
 

@@ -24,6 +24,7 @@ from .functional.geometry import Pair, pair
 from .kernels import dispatch
 from .kernels.constant import constant
 from .kernels.dispatch import DEVICES, to_device, xp_of
+from .kernels.narrow import is_float
 from .state import copy_by_name
 from .tensor import Tensor
 
@@ -132,7 +133,7 @@ class Module:
         for _, item in both:
             if where in (*DEVICES,):
                 item.data = to_device(item.data, where)
-            elif item.data.dtype.kind == "f":
+            elif is_float(item.data.dtype):
                 item.data = item.data.astype(where)
             if isinstance(item, Parameter):
                 item.grad = item.grad_buffer = None
@@ -238,7 +239,7 @@ def _floating_dtype(where: Any) -> np.dtype:
         dtype = None if where is None else np.dtype(where)  # np.dtype(None) is float64
     except TypeError:  # "gpu" names no dtype
         dtype = None
-    if dtype is None or dtype.kind != "f":
+    if dtype is None or not is_float(dtype):
         raise ValueError(
             f"to({where!r}): expected a device ({', '.join(DEVICES)}) or a floating-point dtype as np.float32"
         )

@@ -9,7 +9,9 @@ are smaller than that, and round to 0. So (Micikevicius et al., "Mixed precision
 - The loss is multiplied by a scale S before backward, and so is every gradient; then the float32 gradients are divided
   by S. If one is not finite, the step is not taken and S is halved; after many good steps it is doubled.
 
-bfloat16 is no choice yet: NumPy has no such numbers, and no kernel here computes with them.
+bfloat16 has 8 significant bits in place of 11, and the range of float32: no gradient rounds to 0 that would not there.
+So all of this goes for it, too, but for the loss scale, which it does not need (Kalamkar et al., "A study of BFLOAT16
+for deep learning training", 2019). NumPy's bfloat16 is of the package ml_dtypes; GPUs have it from Ampere on.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import numpy as np
 from . import tensor
 from .buckets import Bucket
 from .kernels import dispatch, half
+from .kernels.cuda import device as gpu
 from .kernels.dispatch import Switch, aside, device_of, span, xp_of
 from .kernels.multi_tensor import LARGEST, found_nonfinite_
+from .kernels.narrow import HALVES, NARROW, is_float
 from .kernels.update import scale_, unscale_
 from .tensor import Op, Tensor
 
@@ -34,12 +38,24 @@ precision = Switch(
     "the dtype of activations, and of what is multiplied; weights and sums are float32 either way",
     fp32="float32",
     fp16="float16, which on a GPU takes tensor cores and half of the memory traffic; with a loss scaler",
+    bf16="bfloat16, likewise; float32's range, so no loss scaler, and fewer digits; on a GPU from Ampere on",
 )
+
+
+def check(device: str) -> None:
+    """Raise ChoiceError or DeviceError, with the remedy, if `device` cannot compute in what `precision` names."""
+    if precision.value in NARROW:
+        half.dtype_of(precision.value)
+        if device == "cuda":
+            gpu.check_half(f"precision={precision.value}", NARROW[precision.value])
 
 
 def at_entrance(x: Tensor) -> Tensor:
     """Images in the dtype that `precision` names: what every layer after them computes in."""
-    return Tensor(aside(half.cast, x.data, np.float16)) if precision.value == "fp16" else x
+    if precision.value == "fp32":
+        return x
+    check(x.device)
+    return Tensor(aside(half.cast, x.data, half.dtype_of(precision.value)))
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -165,7 +181,8 @@ class Overflow(NamedTuple):
     def __str__(self) -> str:
         where = f"layer '{self.layer}' ({self.kind})" if self.layer else f"{self.kind}, outside of all layers"
         bad = [f"{n:,} {word}" for n, word in ((self.infinities, "infinities"), (self.nans, "NaN")) if n]
-        end = f"; float16 ends at {half.LARGEST:.0f}" if self.dtype == "float16" else ""
+        ends = {dtype.name: narrow.largest for dtype, narrow in HALVES.items()}
+        end = f"; {self.dtype} ends at {ends[self.dtype]:.6g}" if self.dtype in ends else ""
         return (
             f"{where}: {self.what} has {' and '.join(bad)} among {self.size:,} numbers, "
             f"largest finite {self.largest:.3g}{end}"
@@ -233,7 +250,7 @@ class _Microscope(dispatch.Recorder):
         return "gradient of its parameters" if i or _casts_parameters(op, layer) else "gradient of its input"
 
     def look(self, layer: str, op: Op, what: str, y: Any) -> None:
-        if getattr(y, "dtype", None) is None or y.dtype.kind != "f":
+        if getattr(y, "dtype", None) is None or not is_float(y.dtype):
             return
         xp = xp_of(y)
         finite = xp.isfinite(y)

@@ -18,6 +18,7 @@ from numba.core.registry import CPUDispatcher
 
 from .kernels import dispatch, memory
 from .kernels.dispatch import describe
+from .kernels.narrow import is_float
 from .tensor import Arrival, Op, Tensor
 
 
@@ -198,7 +199,7 @@ class Tape(dispatch.Recorder):
     def found(self) -> dict[tuple, np.ndarray]:
         """The arrays of floats that the calls read or write and that the pool has not lent, by place and shape."""
         arrays = [x for c in self.calls for x in those_in((c.args, tuple(c.kwargs.values())), np.ndarray)]
-        return {key_of(x): x for x in arrays if x.dtype.kind == "f" and x.flags.writeable}
+        return {key_of(x): x for x in arrays if is_float(x.dtype) and x.flags.writeable}
 
     def put_back(self) -> None:
         """What primitives have changed in place is what it was; of arrays that overlap, the first one changed, last."""

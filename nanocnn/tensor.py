@@ -15,6 +15,7 @@ import numpy as np
 
 from .kernels import dispatch
 from .kernels.dispatch import aside, device_of, to_device, xp_of
+from .kernels.narrow import HALVES, is_float
 
 _grad_enabled = True
 
@@ -57,7 +58,7 @@ class Tensor:
         elif isinstance(data, np.generic):
             data = np.asarray(data)
         xp_of(data)  # raises TypeError on what is neither NumPy's nor CuPy's
-        if requires_grad and data.dtype.kind != "f":
+        if requires_grad and not is_float(data.dtype):
             raise TypeError(f"only floating-point tensors can require a gradient, got dtype {data.dtype}")
         self.data = data
         self.requires_grad = requires_grad
@@ -320,7 +321,7 @@ def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
         return x
     if like is not None and isinstance(x, int | float | np.generic):
         number = x.item() if isinstance(x, np.generic) else x
-        fits = like.dtype.kind == "f" or isinstance(number, int)
+        fits = is_float(like.dtype) or isinstance(number, int)
         return Tensor(xp_of(like.data).full((), number, like.dtype if fits else np.float32))
     return Tensor(x)
 
@@ -413,5 +414,5 @@ class Arrival:
 
 
 def _sum(x: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
-    wide = np.float32 if x.dtype == np.float16 else None  # a long sum in float16 stops growing at 2048 ones
+    wide = np.float32 if x.dtype in HALVES else None  # a long sum in float16 stops growing at 2048 ones
     return x.sum(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype, copy=False)

@@ -67,7 +67,7 @@ def train_step(
     """Forward, backward, average, update; the update is left out if `scaler` finds an overflow.
 
     Raises, on all ranks alike and before the update, NonFiniteLoss if the global loss is NaN or infinite, which no loss
-    scale would change, and NonFiniteGradient if a gradient is at the smallest scale. With precision=fp16 both name the
+    scale would change, and NonFiniteGradient if a gradient is at the smallest scale. In half precision both name the
     first layer that overflowed.
     """
 
@@ -148,7 +148,7 @@ def _check_loss(loss: float, model: Module, batch: Batch, lr: float, label_smoot
             f"the loss is {loss} in epoch {batch.epoch + 1}, step {batch.step + 1}, at learning rate {lr:.3g}; "
             "this step changed no parameter and saved nothing. Try a lower learning rate, a longer warm-up or "
             "--clip 1, and check the images for NaN; --resume goes on from the last checkpoint"
-            + _named_overflow(model, batch, 1.0, label_smoothing, comm, "without --use precision=fp16")
+            + _named_overflow(model, batch, 1.0, label_smoothing, comm, _remedy())
         )
 
 
@@ -162,7 +162,7 @@ def _explained(
     comm: Comm,
 ) -> NonFiniteGradient:
     """The error with the place of the step, the first layer that overflowed, and what to do."""
-    advice = "without --use precision=fp16" if scaler.dynamic else "with a smaller --loss-scale, or a dynamic one"
+    advice = _remedy() if scaler.dynamic else "with a smaller --loss-scale, or a dynamic one"
     where = _named_overflow(model, batch, scale, label_smoothing, comm, advice)
     return NonFiniteGradient(f"{error} in epoch {batch.epoch + 1}, step {batch.step + 1}{where}")
 
@@ -187,9 +187,14 @@ def overflow_of_step(model: Module, batch: Batch, scale: float = 1.0, label_smoo
     return first_overflow(model, step)
 
 
+def _remedy() -> str:
+    """Where a loss scale is no help: bfloat16 overflows no sooner than float32."""
+    return "without --use precision=fp16" if precision.value == "fp16" else "at a lower learning rate"
+
+
 def _named_overflow(model: Module, batch: Batch, scale: float, label_smoothing: float, comm: Comm, advice: str) -> str:
-    """For the end of an error in fp16: what the ranks' microscopes see, and what to do. Collective."""
-    if precision.value != "fp16":
+    """For the end of an error in half precision: what the ranks' microscopes see, and what to do. Collective."""
+    if precision.value == "fp32":
         return ""
     found = overflow_of_step(model, batch, scale, label_smoothing)
     texts = [(rank, text) for rank, text in enumerate(comm.all_gather_object(found and str(found))) if text]

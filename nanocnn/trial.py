@@ -16,6 +16,7 @@ import numpy as np
 
 from . import random
 from .kernels.dispatch import describe
+from .kernels.narrow import is_float
 from .tape import CaptureError, arrays_in
 from .tensor import Tensor
 
@@ -33,7 +34,7 @@ class Trial:
         rng, others = np.random.default_rng(0), []
         for x in inputs:
             other = rng.permutation(x.reshape(-1)).reshape(x.shape)  # of integers such as labels these are valid, too
-            if x.dtype.kind == "f":
+            if is_float(x.dtype):
                 other = other + rng.standard_normal(x.shape).astype(x.dtype)
             elif x.size and (x == x.reshape(-1)[0]).all():
                 raise CaptureError(
@@ -60,7 +61,7 @@ class Trial:
     def compare(self, expected: list, found: list) -> None:
         """Raise CaptureError unless all is the same, bit by bit."""
         for (y, left), (y_here, left_here) in zip(expected, found, strict=True):
-            same = [np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(y, y_here, strict=True)]
+            same = [np.array_equal(a, b, equal_nan=is_float(a.dtype)) for a, b in zip(y, y_here, strict=True)]
             if not all(same) or left != left_here:
                 off = max((np.max(np.abs(a - b), initial=0) for a, b in zip(y, y_here, strict=True)), default=0)
                 arrays = sum(a != b for a, b in zip(left, left_here, strict=True))

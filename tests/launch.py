@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 NEEDS_GXX = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX") or "g++") is None, reason="no g++ to compile CUDA kernels for the emulator"
 )
+NEEDS_BFLOAT16 = pytest.mark.skipif(importlib.util.find_spec("ml_dtypes") is None, reason="no ml_dtypes, no bfloat16")
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "mpi"
 LAUNCHER_WORDS = ("PMI", "MPI_", "OMPI_", "PMIX_", "HYD", "SLURM_", "MV2_", "NANOCNN_")

@@ -15,7 +15,7 @@ CORE = {"kernels", "tensor", "random"}
 SEES = {
     "kernels": {"kernels"},
     "random": {"kernels"},
-    "tensor": {"kernels.dispatch"},
+    "tensor": {"kernels.dispatch", "kernels.narrow"},
     "buckets": {"kernels.dispatch", "tensor"},
     "functional": {*CORE, "functional"},
     "init": CORE,

@@ -160,7 +160,7 @@ def test_powers_at_zero(exponent):
 def test_cast_and_linear_take_floats_only():
     with pytest.raises(TypeError, match="cast to uint8: expected a floating-point dtype"):
         F.cast(Tensor(np.ones(3)), np.uint8)
-    with pytest.raises(TypeError, match="linear of dtype int64: expected float16, float32 or float64"):
+    with pytest.raises(TypeError, match="linear of dtype int64: expected float16, bfloat16, float32 or float64"):
         F.linear(Tensor([[1, 2]]), Tensor([[1], [2]]))
 
 

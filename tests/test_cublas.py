@@ -11,6 +11,7 @@ from launch import NEEDS_GXX
 from nanocnn.kernels.cuda import cublas
 from nanocnn.kernels.dispatch import device_of, to_device, using
 from nanocnn.kernels.matmul import matmul
+from nanocnn.kernels.narrow import HALVES
 
 pytestmark = NEEDS_GXX
 SIZES = (1, 1, 1), (3, 5, 7), (1, 9, 4), (33, 64, 17), (8, 1, 5)  # M, K, N
@@ -23,9 +24,12 @@ def matrix(rng, batch, rows, columns, dtype, transposed):
     return x.swapaxes(-1, -2) if transposed else x
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-13), ("float16", 1e-3)])
+TOLERANCES = {"float32": 1e-5, "float64": 1e-13, "float16": 1e-3, "bfloat16": 8e-3}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", *map(str, HALVES)])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_every_layout_of_every_shape(dtype, tolerance, batch):
+def test_every_layout_of_every_shape(dtype, batch):
     rng = np.random.default_rng(0)
     for (m, k, n), ta, tb in itertools.product(SIZES, (False, True), (False, True)):
         a, b = matrix(rng, batch, m, k, dtype, ta), matrix(rng, batch, k, n, dtype, tb)
@@ -34,7 +38,7 @@ def test_every_layout_of_every_shape(dtype, tolerance, batch):
         want = np.matmul(np.asarray(a, np.float64), np.asarray(b, np.float64))
         assert c.dtype == dtype
         assert device_of(c) == "emulated"
-        np.testing.assert_allclose(np.asarray(c, np.float64), want, rtol=tolerance, atol=tolerance * k)
+        np.testing.assert_allclose(np.asarray(c, np.float64), want, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] * k)
 
 
 @pytest.mark.parametrize(("left", "right"), [((), (3,)), ((2, 3), ()), ((1,), (3,)), ((2, 1), (3,)), ((3,), (2, 3))])
@@ -59,9 +63,10 @@ def test_parts_of_matrices_and_memory_of_the_callers():
     np.testing.assert_allclose(columns, want, rtol=1e-5, atol=1e-5)
 
 
-def test_sums_of_halves_are_made_in_fp32():
-    """Added up in fp16, ones end at 2,048."""
-    ones = to_device(np.ones((1, 4096), np.float16), "emulated")
+@pytest.mark.parametrize("dtype", [*HALVES], ids=str)
+def test_sums_of_halves_are_made_in_fp32(dtype):
+    """Added up in fp16, ones end at 2,048; in bf16 at 256."""
+    ones = to_device(np.ones((1, 4096), dtype), "emulated")
     with using(matmul="cublas"):
         assert float(matmul(ones, ones.T)[0, 0]) == 4096
 

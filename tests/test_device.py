@@ -15,6 +15,7 @@ from nanocnn.kernels.cuda.device_memory import held, shortage, watched
 from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import ChoiceError, to_device, using
 from nanocnn.kernels.matmul import matmul
+from nanocnn.kernels.narrow import NARROW
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,24 @@ def test_a_kernel_for_a_target_is_compiled_by_ourselves(monkeypatch, tmp_path):
         (file,) = (tmp_path / "cuda").iterdir()
         assert str(file) == built.path
         assert file.read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "said"),
+    [
+        ("75", "14.1.0", r"bf16 needs a GPU of compute capability 8\.0 .*this one is of 7\.5\. To do: precision=fp16"),
+        ("80", "13.6.0", r"bf16 needs CuPy 14 .*this is CuPy 13\.6\.0\. To do: .*pip install -U cupy-cuda13x; or"),
+        ("80", "14.1.0", None),
+    ],
+)
+def test_bfloat16_needs_ampere_and_cupy_14(capability, version, said, monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, capability=capability).__version__ = version
+    device.check_half("precision=fp16", NARROW["fp16"])
+    if said is None:
+        device.check_half("precision=bf16", NARROW["bf16"])
+    else:
+        with pytest.raises(DeviceError, match=said):
+            device.check_half("precision=bf16", NARROW["bf16"])
 
 
 def test_a_kernel_that_finds_no_headers_says_what_brings_them(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from launch import NEEDS_GXX, ROOT, alone
 from nanocnn.kernels import dispatch
 from nanocnn.kernels.cuda.launch import Kernel
 from nanocnn.kernels.dispatch import Primitive, xp_of
+from nanocnn.kernels.narrow import HALVES
 
 sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
 
@@ -21,6 +22,7 @@ import gpu_proof as script
 from proof import Context, correct, sections
 
 EMULATED = Context("emulated", quick=True)
+HALF_TYPES = [half.cuda for half in HALVES.values()]
 
 
 @NEEDS_GXX
@@ -125,7 +127,10 @@ def test_all_that_a_gpu_needs_is_compiled_at_once(monkeypatch):
     assert correct.build_for_gpu() == len(built)
     assert {(file, defines) for file, defines in built if file == "gemm.cu"} == {("gemm.cu", ())}
     assert {defines for file, defines in built if file == "elementwise.cu"} == {
-        (("REAL", real),) for real in ("float", "double", "half")
+        (("REAL", real),) for real in ("float", "double", *HALF_TYPES)
+    }
+    assert {defines for file, defines in built if file == "gemm_tensor.cu"} == {
+        (("NARROW", half),) for half in HALF_TYPES
     }
     assert {file for file, _ in built} == {path.name for path in correct.FOLDER.glob("*.cu")}
 

@@ -12,6 +12,7 @@ from launch import NEEDS_GXX
 
 from nanocnn.kernels import dispatch
 from nanocnn.kernels.cuda.emulated import counting
+from nanocnn.kernels.narrow import HALVES, is_float
 from nanocnn.traffic import on_emulator
 
 # name of a primitive -> function(rng, dtype) that returns its example calls, (args, kwargs) each
@@ -21,7 +22,7 @@ CASES = {
     for name, calls in getattr(importlib.import_module(path.stem), "CASES", {}).items()
 }
 DTYPES = (np.float32, np.float64)
-TOLERANCES = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
+TOLERANCES = {"bfloat16": 1.6e-2, "float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
 CUDA_DTYPES = (np.float64, np.float16)  # and float32 where a kernel has only that
 OURS = {name: p for name, p in dispatch.primitives.items() if p.__module__.startswith("nanocnn.kernels.")}
 VARIANTS = [(p.name, v.name) for p in OURS.values() for v in p.variants.values() if v.device == "cpu"]
@@ -43,9 +44,9 @@ def arrays_in(value):
 
 
 def without_halves(value):
-    """With float16 as float32: NumPy adds up in float16 what kernels add up in float32."""
+    """With halves as float32: NumPy adds up as halves what kernels add up in float32."""
     if isinstance(value, np.ndarray):
-        return value.astype(np.float32) if value.dtype == np.float16 else value
+        return value.astype(np.float32) if value.dtype in HALVES else value
     if isinstance(value, dict):
         return {name: without_halves(v) for name, v in value.items()}
     return type(value)(map(without_halves, value)) if isinstance(value, list | tuple) else value
@@ -61,11 +62,12 @@ def assert_equals_reference(primitive, variant, args, kwargs):
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         assert a.shape == b.shape
-        assert a.dtype == b.dtype or (a.dtype, b.dtype) == (np.float16, np.float32)
+        assert a.dtype == b.dtype or (a.dtype in HALVES and b.dtype == np.float32)
+        tolerance = TOLERANCES[a.dtype.name] if is_float(a.dtype) else 0
         with np.errstate(over="ignore"):
             b = b.astype(a.dtype)  # a sum may be more than float16 holds: infinite
-        tolerance = 0 if a.dtype.kind in "iub" else TOLERANCES[a.dtype.name]
-        scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if a.dtype.kind == "f" else 1
+        a, b = without_halves((np.asarray(a), np.asarray(b)))
+        scale = np.abs(b[np.isfinite(b)]).max(initial=1e-30) if tolerance else 1
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
@@ -114,6 +116,32 @@ def test_cuda_variant_equals_reference(primitive, variant):
             assert report.blocks or variant in ("cublas", "cuda_pointwise"), "no kernel ran"
             compared += 1
     assert compared, f"no example call of {primitive} is one that {variant} supports"
+
+
+OTHER_HALVES = [dtype.type for dtype in HALVES if dtype not in map(np.dtype, CUDA_DTYPES)]  # bfloat16
+# Whose kernels are of float, or of float16 alone, or add up in memory, where halves would be added up as halves.
+NOT_OF_THEM = {
+    ("matmul", "cuda_wgmma"),
+    *(("matmul", f"cuda_{name}") for name in ("naive", "coalesced", "tiled", "registers", "vectorised")),
+    *((f"conv2d{name}", "cuda_vectorised") for name in ("", "_grad_x", "_grad_w")),
+    *((f"conv2d{name}", f"cuda_winograd{n}") for name in ("", "_grad_x") for n in (2, 4)),
+    ("col2im", "cuda_atomic"),
+}
+
+
+@NEEDS_GXX
+@pytest.mark.parametrize("dtype", OTHER_HALVES, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("primitive", sorted({primitive for primitive, _ in CUDA_VARIANTS} - {"update_scale_"}))
+def test_cuda_variants_of_other_halves(primitive, dtype):
+    """The same sources with another type: a few calls of each variant, all checks on."""
+    p = OURS[primitive]
+    for variant in (v for name, v in CUDA_VARIANTS if name == primitive):
+        calls = (on_emulator(call) for call in CASES[primitive](np.random.default_rng(7), dtype))
+        able = [(a, k) for a, k in calls if p.variants[variant] in p.candidates(*a, **k)]
+        assert bool(able) == ((primitive, variant) not in NOT_OF_THEM), variant
+        for args, kwargs in able[:: max(1, len(able) - 1)]:  # the first and the last
+            with counting():
+                assert_equals_reference(primitive, variant, args, kwargs)
 
 
 @pytest.mark.parametrize("name", sorted(OURS))

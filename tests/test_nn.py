@@ -225,7 +225,9 @@ def test_layers_of_no_size_are_refused(make, message):
     ],
 )
 def test_images_that_are_not_floats_are_refused(make, shape, dtype):
-    with pytest.raises(TypeError, match=f"of dtype {np.dtype(dtype)}: expected float16, float32 or .*; normalise"):
+    with pytest.raises(
+        TypeError, match=f"of dtype {np.dtype(dtype)}: expected float16, bfloat16, float32 or .*; normalise"
+    ):
         make()(Tensor(np.ones(shape, dtype)))
 
 

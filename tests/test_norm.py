@@ -234,7 +234,9 @@ def test_gradients_of_any_shape(policy, shape, seed):
 
 @pytest.mark.parametrize("norm", [F.layer_norm, lambda x: F.batch_norm(x, np.zeros(3), np.ones(3))])
 def test_integers_are_refused(norm):
-    with pytest.raises(TypeError, match=r"norm of dtype uint8: expected float16, float32 or float64; normalise"):
+    with pytest.raises(
+        TypeError, match=r"norm of dtype uint8: expected float16, bfloat16, float32 or float64; normalise"
+    ):
         norm(Tensor(np.ones((4, 3), np.uint8)))
 
 

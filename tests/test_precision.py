@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
-from launch import NEEDS_GXX, ROOT, alone, ranks
+from launch import NEEDS_BFLOAT16, NEEDS_GXX, ROOT, alone, ranks
 
 import nanocnn as nc
 from nanocnn import checkpoint, nn
@@ -16,13 +18,21 @@ from nanocnn import functional as F
 from nanocnn.data import Batch
 from nanocnn.kernels import dispatch, half
 from nanocnn.kernels.emulated_array import Emulated
+from nanocnn.kernels.narrow import HALVES, NARROW
 from nanocnn.models import alexnet_cifar, lenet5
 from nanocnn.parallel import Alone, GradientAverager
-from nanocnn.precision import LossScaler, NonFiniteGradient, at_entrance, first_overflow
+from nanocnn.precision import LossScaler, NonFiniteGradient, at_entrance, check, first_overflow
 from nanocnn.tensor import Tensor
 from nanocnn.train import NonFiniteLoss, overflow_of_step, train_step
 
+sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
+
+from common import make_scaler
+
+PRECISIONS = ["fp16", pytest.param("bf16", marks=NEEDS_BFLOAT16)]
 MODELS = {"lenet": ((28, 28, 1), lenet5), "alexnet": ((32, 32, 3), lambda: alexnet_cifar(width=0.125, batch_norm=True))}
+
+HALF_RUNS = [*((name, "fp16") for name in MODELS), pytest.param("lenet", "bf16", marks=NEEDS_BFLOAT16)]
 
 
 def batch_of(shape, n=16, step=0):
@@ -60,15 +70,19 @@ def relative(a, b):
 
 @pytest.mark.parametrize("choices", [{}, {"fuse": "off"}], ids=["fused", "one by one"])
 @pytest.mark.parametrize("name", MODELS)
-def test_half_precision_is_within_a_hundredth_of_float32(name, choices):
-    loss, grads, model = one_step(name, "fp16", **choices)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_half_precision_is_near_float32(precision, name, choices):
+    """Within a hundredth; gradients in bfloat16, which has three bits less, within eight."""
+    loss, grads, model = one_step(name, precision, **choices)
     expected, expected_grads, _ = one_step(name, "fp32", **choices)
     assert 0 < abs(loss / expected - 1) < 1e-2
-    assert 0 < relative(grads, expected_grads) < 1e-2
+    assert 0 < relative(grads, expected_grads) < {"fp16": 1e-2, "bf16": 8e-2}[precision]
     assert all(p.dtype == np.float32 and p.grad.dtype == np.float32 for p in model.parameters())
 
 
-def test_activations_are_float16_and_statistics_and_loss_float32():
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_activations_are_halves_and_statistics_and_loss_float32(precision):
+    name = half.dtype_of(precision).name
     seen: dict[str, set] = {}
 
     class Dtypes(dispatch.Recorder):
@@ -81,7 +95,7 @@ def test_activations_are_float16_and_statistics_and_loss_float32():
 
     model, *_, shape = training("alexnet")
     batch = batch_of(shape)
-    with nc.using(precision="fp16"):
+    with nc.using(precision=precision):
         try:
             dispatch.recorder = Dtypes()
             loss = F.cross_entropy(model(at_entrance(Tensor(batch.x))), batch.y)
@@ -89,52 +103,53 @@ def test_activations_are_float16_and_statistics_and_loss_float32():
         finally:
             dispatch.recorder = None
     assert loss.dtype == np.float32
-    assert seen["conv2d"] == seen["matmul"] == seen["batch_norm_apply"] == {("float16",)}
+    assert seen["conv2d"] == seen["matmul"] == seen["batch_norm_apply"] == {(name,)}
     assert seen["batch_norm_stats"] == seen["batch_norm_grad_stats"] == {("float32", "float32")}
-    assert seen["max_pool2d"] == {("float16", "uint8")}
+    assert seen["max_pool2d"] == {(name, "uint8")}
 
 
+@pytest.mark.parametrize("dtype", [*HALVES], ids=str)
 @pytest.mark.parametrize("policy", ["fastest", "reference"])
-def test_long_sums_are_added_up_in_float32(policy):
-    """In float16, 2048 + 1 is 2048, and so the sum of 4096 ones would be."""
+def test_long_sums_are_added_up_in_float32(policy, dtype):
+    """In float16, 2048 + 1 is 2048, and so the sum of 4096 ones would be; in bfloat16 it would be 256."""
     n = 4096
-    ones = Tensor(np.ones((n, 4), np.float16), requires_grad=True)
-    image = Tensor(np.ones((1, 64, 64, 2), np.float16))
+    ones = Tensor(np.ones((n, 4), dtype), requires_grad=True)
+    image = Tensor(np.ones((1, 64, 64, 2), dtype))
     with nc.using(policy):
         assert (ones.transpose(1, 0) @ ones).data[0, 0] == n
         assert F.global_avg_pool2d(image).data[0, 0] == 1
         assert F.avg_pool2d(image, 64).data[0, 0, 0, 0] == 1
-        assert F.softmax(Tensor(np.zeros((1, n), np.float16))).data.sum(dtype=np.float64) == 1
-        loss = F.cross_entropy(Tensor(np.zeros((n, 1024), np.float16)), np.zeros(n, int))
+        assert F.softmax(Tensor(np.zeros((1, n), dtype))).data.sum(dtype=np.float64) == 1
+        loss = F.cross_entropy(Tensor(np.zeros((n, 1024), dtype)), np.zeros(n, int))
         assert abs(loss.item() - math.log(1024)) < 1e-5
-        assert nn.Linear(4, 3)(ones).dtype == nn.LayerNorm(4)(ones).dtype == np.float16
+        assert nn.Linear(4, 3)(ones).dtype == nn.LayerNorm(4)(ones).dtype == dtype
         bias = Tensor(np.zeros(4, np.float32), requires_grad=True)
-        y = F.linear(ones, Tensor(np.eye(4, dtype=np.float16)), F.cast(bias, np.float16))
-        y.backward(np.ones((n, 4), np.float16))
+        y = F.linear(ones, Tensor(np.eye(4, dtype=dtype)), F.cast(bias, dtype))
+        y.backward(np.ones((n, 4), dtype))
         assert (bias.grad == n).all()
     assert (ones.sum(axis=0).data == n).all()
-    added = Tensor(np.zeros(4, np.float16), requires_grad=True)
-    (ones + added).backward(np.ones((n, 4), np.float16))
+    added = Tensor(np.zeros(4, dtype), requires_grad=True)
+    (ones + added).backward(np.ones((n, 4), dtype))
     assert (added.grad == n).all()
 
 
 @NEEDS_GXX
-@pytest.mark.parametrize("name", MODELS)
-def test_the_emulator_computes_the_same(name):
+@pytest.mark.parametrize(("name", "precision"), HALF_RUNS)
+def test_the_emulator_computes_the_same(name, precision):
     """Its kernels are CUDA's, and its roundings: the same halves are multiplied, the sums are float32's."""
-    loss, grads, _ = one_step(name, "fp16", "emulated")
-    expected, expected_grads, _ = one_step(name, "fp16")
+    loss, grads, _ = one_step(name, precision, "emulated")
+    expected, expected_grads, _ = one_step(name, precision)
     assert abs(loss / expected - 1) < 1e-3
     assert relative(grads, expected_grads) < 5e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_recorded_step_takes_each_steps_scale(name):
+@pytest.mark.parametrize(("name", "precision"), HALF_RUNS)
+def test_a_recorded_step_takes_each_steps_scale(name, precision):
     losses, states = [], []
     for graph in ("off", "on"):
         model, optimizer, averager, shape = training(name)
         scaler = LossScaler(2.0**10, interval=2)
-        with nc.using(precision="fp16", graph=graph):
+        with nc.using(precision=precision, graph=graph):
             batches = [batch_of(shape, step=i) for i in range(5)]
             losses.append([train_step(model, b, optimizer, 0.05, averager, scaler=scaler).loss for b in batches])
         states.append(model.state_dict())
@@ -155,6 +170,7 @@ def test_small_gradients_round_to_0_without_a_scale():
         ("fp32", "fp32", LossScaler(enabled=False)),
         ("lost", "fp16", LossScaler(enabled=False)),
         ("saved", "fp16", LossScaler()),
+        *[("in range", "bf16", LossScaler(enabled=False))] * (len(HALVES) == len(NARROW)),
     ):
         nc.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
@@ -165,6 +181,7 @@ def test_small_gradients_round_to_0_without_a_scale():
     assert grads["fp32"]["weight"].all()
     assert not grads["lost"]["weight"].any()
     assert relative(grads["saved"], grads["fp32"]) < 1e-2
+    assert relative(grads.get("in range", grads["saved"]), grads["fp32"]) < 2e-2
 
 
 def buckets_with(*values):
@@ -231,18 +248,19 @@ def test_a_scaler_of_nonsense_is_refused(bad):
         LossScaler().load_state_dict({"scale": 1})
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_goes_on_bit_for_bit(precision, tmp_path):
     """Interrupted between two changes of the scale, in the very state that decides the next one."""
 
     def steps(model, optimizer, averager, shape, scaler, which):
-        with nc.using(precision="fp16"):
+        with nc.using(precision=precision):
             return [
                 train_step(model, batch_of(shape, step=i), optimizer, 0.05, averager, scaler=scaler).loss for i in which
             ]
 
     whole, scaler = training("lenet"), LossScaler(2.0**26, interval=4)
     losses = steps(*whole, scaler, range(16))
-    assert scaler.skipped
+    assert bool(scaler.skipped) == (precision == "fp16")  # nothing overflows in bfloat16
     first, before = training("lenet"), LossScaler(2.0**26, interval=4)
     steps(*first, before, range(9))
     state = {"model": first[0].state_dict(), "optimizer": first[1].state_dict(), "scaler": before.state_dict()}
@@ -351,7 +369,43 @@ def test_a_gradient_that_overflows_skips_steps_and_at_the_floor_is_an_error():
     np.testing.assert_array_equal(optimizer.buckets[0].data, before)
 
 
+@NEEDS_BFLOAT16
+def test_what_overflows_in_bfloat16_does_so_in_float32_and_the_advice_is_another():
+    model, batch, _ = planted("output")
+    model.features[2].weight.data[...] *= 1e30
+    model.features[0].weight.data[...] *= 1e5
+    optimizer = nc.optim.SGD(model.named_parameters(), 0.1)
+    text = (
+        r"layer 'features\.2' \(Conv2d\): forward output has .*; bfloat16 ends at 3\.38953e\+38\..* lower learning rate"
+    )
+    with nc.using(precision="bf16"), pytest.raises(NonFiniteLoss, match=text), np.errstate(all="ignore"):
+        train_step(model, batch, optimizer, 0.1, GradientAverager(optimizer.buckets, Alone()))
+
+
+def test_bfloat16_without_its_package_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setitem(NARROW, "bf16", NARROW["bf16"]._replace(dtype=None))
+    with nc.using(precision="bf16"):
+        for ask in (lambda: check("cpu"), lambda: at_entrance(Tensor(np.ones(1, np.float32)))):
+            with pytest.raises(
+                dispatch.ChoiceError, match=r"bf16 needs the package ml_dtypes.* -m pip install 'ml_dtypes"
+            ):
+                ask()
+    with nc.using(precision="fp16"):
+        check("cpu")
+
+
 # ------------------------------------------------------------------ the script
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "expected"),
+    [("fp32", None, (False, 1.0)), ("fp16", None, (True, 2.0**16)), ("bf16", None, (False, 1.0)),
+     ("bf16", "dynamic", (True, 2.0**16)), ("bf16", 8.0, (True, 8.0))],
+)  # fmt: skip
+def test_which_loss_scale_a_script_makes(precision, asked, expected):
+    with nc.using(precision=precision):
+        scaler = make_scaler(argparse.Namespace(loss_scale=asked))
+    assert (scaler.enabled, scaler.scale) == expected
 
 
 def test_the_script_trains_in_half_precision_and_refuses_a_scale_without_it(tmp_path):

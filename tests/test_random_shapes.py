@@ -14,6 +14,7 @@ from test_kernels import CUDA_VARIANTS, OURS, assert_equals_reference
 
 from nanocnn.example_calls import BenchError, Shape, arguments
 from nanocnn.kernels.cuda.emulated import counting
+from nanocnn.kernels.narrow import HALVES
 from nanocnn.traffic import on_emulator
 
 pytestmark = NEEDS_GXX
@@ -44,10 +45,10 @@ def shapes(draw):
 
 @pytest.mark.parametrize("primitive", sorted({primitive for primitive, _ in CUDA_VARIANTS}))
 @settings(max_examples=6, deadline=None)
-@given(shape=shapes())
-def test_random_shapes(primitive, shape):
+@given(shape=shapes(), half=st.sampled_from([*HALVES]))
+def test_random_shapes(primitive, shape, half):
     assume(primitive != "augment" or shape.size > 4)  # which mirrors four pixels at the edges
-    for dtype in (np.float32, np.float16):
+    for dtype in (np.float32, half):
         args = on_emulator(arguments(primitive, shape, dtype))
         for name in (name for p, name in CUDA_VARIANTS if p == primitive):
             if OURS[primitive].variants[name] in OURS[primitive].candidates(*args):

@@ -8,7 +8,7 @@ import pytest
 
 from nanocnn.kernels.cuda import resources as compilers
 from nanocnn.kernels.cuda.resources import CompileError, Resources, architectures, parse, resources
-from nanocnn.kernels.cuda.source import FOLDER, signatures
+from nanocnn.kernels.cuda.source import FOLDER, NARROW, REAL, signatures
 from nanocnn.kernels.dispatch import DeviceError
 
 SOURCES = sorted(path.name for path in FOLDER.glob("*.cu"))
@@ -26,6 +26,22 @@ def test_a_source_keeps_its_budget(file, architecture):
         assert used.registers <= kernel.registers, f"{name} of {file}"
         assert used.shared <= kernel.shared, f"{name} of {file}"
         assert used.registers > kernel.registers - 48, f"{name} of {file}: the budget is far more than it needs"
+
+
+def macros_of(file):
+    """By which the types of its arrays are named."""
+    kinds = {p.kind for kernel in signatures(file).values() for p in kernel.parameters}
+    return [kind.upper() for kind in (REAL, NARROW) if kind in kinds]
+
+
+@pytest.mark.parametrize(("file", "macro"), [(file, macro) for file in SOURCES for macro in macros_of(file)])
+def test_a_source_keeps_its_budget_in_bfloat16(file, macro):
+    for architecture in architectures(file) if "tensor.cu" in file else architectures(file)[-1:]:
+        found = resources(file, architecture, **{macro: "__nv_bfloat16"})
+        for name, kernel in signatures(file).items():
+            assert found[name].spilled == 0, f"{name} of {file} spills {found[name].spilled} bytes"
+            assert found[name].registers <= kernel.registers, f"{name} of {file}"
+            assert found[name].shared <= kernel.shared, f"{name} of {file}"
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc on PATH, and the wheels bring NVRTC alone")

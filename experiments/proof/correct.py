@@ -17,21 +17,24 @@ from typing import Any
 
 import numpy as np
 
-import nanocnn.kernels  # noqa: F401  (which registers all variants)
+import nanocnn as nc
 from nanocnn.bench import in_float64, outputs
 from nanocnn.kernels import dispatch
 from nanocnn.kernels.cuda.emulated import counting, library
 from nanocnn.kernels.cuda.launch import REALS, Kernel
-from nanocnn.kernels.cuda.source import FOLDER, REAL, SUM, signatures
+from nanocnn.kernels.cuda.source import FOLDER, NARROW, REAL, SUM, signatures
 from nanocnn.kernels.dispatch import Primitive, Variant, to_device, xp_of
+from nanocnn.kernels.half import dtype_of
+from nanocnn.kernels.narrow import HALVES, is_float
+from nanocnn.precision import check
 from nanocnn.traffic import on_emulator
 
 from . import Context, Row, only_on_gpu, section
 
 ROOT = Path(__file__).resolve().parents[2]
-DTYPES = (np.float64, np.float32, np.float16)
+DTYPES = (np.float64, np.float32, np.float16)  # and bfloat16 where the GPU has it; in the emulator tests have tried it
 # Largest difference over largest value, by what a kernel returns. Inputs are the same; sums of halves are float32.
-TOLERANCES = {"float16": 2e-3, "float32": 5e-5, "float64": 1e-11}
+TOLERANCES = {"bfloat16": 1.6e-2, "float16": 2e-3, "float32": 5e-5, "float64": 1e-11}
 FOUND = re.compile(r"Invalid|Race reported|Error: |Program hit|SUMMARY: [1-9]")  # of compute-sanitizer's lines
 FEW = 3  # calls of each variant and dtype in a quick run, of up to 84
 
@@ -58,7 +61,7 @@ def on_device(context: Context) -> Iterator[tuple[Primitive, Variant, str, list[
         variants = [v for v in p.variants.values() if v.device == "cuda"]
         if context.sanitized:  # Numba's are no C++ of ours, and each is compiled anew
             variants = [v for v in variants if v.name != "numba_cuda"]
-        for dtype in DTYPES if variants else ():
+        for dtype in (*DTYPES, *bfloat16(context)) if variants else ():
             calls: list[Call] = [(tuple(a), k) for a, k in cases[p.name](np.random.default_rng(7), dtype)]
             for variant in variants:
                 pairs = [(call, on_emulator(call, context.device)) for call in calls]  # anew: some are written to
@@ -69,6 +72,18 @@ def on_device(context: Context) -> Iterator[tuple[Primitive, Variant, str, list[
                     yield p, variant, np.dtype(dtype).name, able
 
 
+def bfloat16(context: Context) -> tuple[Any, ...]:
+    """It, or nothing where the GPU, CuPy or NumPy has none; nothing under the sanitizer, which takes long."""
+    if not context.on_gpu or context.sanitized:
+        return ()
+    with nc.using(precision="bf16"):
+        try:
+            check(context.device)
+        except (dispatch.ChoiceError, dispatch.DeviceError):
+            return ()
+    return (dtype_of("bf16").type,)
+
+
 @contextmanager
 def poisoned(xp: Any) -> Iterator[None]:
     """New memory is full of NaN, or of a number that nobody expects: what a kernel does not write is seen."""
@@ -76,7 +91,7 @@ def poisoned(xp: Any) -> Iterator[None]:
 
     def filled(*args: Any, **kwargs: Any) -> Any:
         made = empty(*args, **kwargs)
-        made.fill(np.nan if made.dtype.kind == "f" else 119)
+        made.fill(np.nan if is_float(made.dtype) else 119)
         return made
 
     xp.empty = filled
@@ -95,7 +110,7 @@ def difference(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> float:
         return np.inf
     worst = 0.0
     for a, b in zip(got, want, strict=True):
-        if a.dtype.kind != "f":
+        if not is_float(a.dtype):
             worst = worst if np.array_equal(a, b) else np.inf
         elif a.size:
             allowed = max(TOLERANCES[a.dtype.name], TOLERANCES[b.dtype.name])
@@ -117,8 +132,8 @@ def kernels(context: Context) -> Iterator[Row]:
         xp.cuda.set_allocator(None)
     elif context.on_gpu:
         start = time.perf_counter()
-        builds = build_for_gpu()
-        yield dict(kernel=f"{builds} builds of the sources, at once", seconds=time.perf_counter() - start)
+        built = build_for_gpu()
+        yield dict(kernel=f"{built} builds of the sources, at once", seconds=time.perf_counter() - start)
     known: tuple[Any, dict[int, Any]] = None, {}  # what the reference computes of these calls
     for p, variant, dtype, pairs in on_device(context):
         if known[0] != (p.name, dtype):
@@ -137,27 +152,34 @@ def kernels(context: Context) -> Iterator[Row]:
             yield row | dict(ok=False, note=f"{type(error).__name__}: {error}")
 
 
-def build_emulator(reals: Sequence[str]) -> None:
+def builds() -> dict[tuple, Kernel]:
+    """A kernel of each source, by the source and each set of macros that launches compile it with."""
+    found: dict[tuple, Kernel] = {}
+    for file in sorted(path.name for path in FOLDER.glob("*.cu")):
+        for name, signature in signatures(file).items():
+            kinds = {p.kind for p in signature.parameters}
+            reals = [("REAL", real) for real in REALS.values()] if kinds & {REAL, SUM} else []
+            halves = [("NARROW", half.cuda) for half in HALVES.values()] if NARROW in kinds else []
+            for defines in [(macro,) for macro in reals or halves] or [()]:
+                found.setdefault((file, defines), Kernel(file, name))
+    return found
+
+
+def build_emulator() -> None:
     """Compile all kernels for it at once: one after the other would take minutes."""
-    builds: list[tuple] = [(), *((("REAL", real),) for real in reals)]
     with ThreadPoolExecutor() as pool:  # each waits for a compiler
-        for file in sorted(FOLDER.glob("*.cu")):
-            for defines in builds:
-                pool.submit(library, file.name, defines, False)
+        for file, defines in builds():
+            if ("REAL", "double") not in defines:
+                pool.submit(library, file, defines, False)
 
 
 def build_for_gpu() -> int:
     """Compile all kernels at once, each as by default: NVRTC takes seconds for some. CuPy keeps them. How many."""
-    builds: dict[tuple, Kernel] = {}
-    for file in sorted(path.name for path in FOLDER.glob("*.cu")):
-        for name, signature in signatures(file).items():
-            typed = any(p.kind in (REAL, SUM) for p in signature.parameters)
-            for real in REALS.values() if typed else ("",):
-                builds.setdefault((file, (("REAL", real),) if real else ()), Kernel(file, name))
     with ThreadPoolExecutor() as pool:  # what cannot be compiled says so where it is used
-        for (_, defines), kernel in builds.items():
+        found = builds()
+        for (_, defines), kernel in found.items():
             pool.submit(kernel._for_the_gpu, defines, 0)
-    return len(builds)
+    return len(found)
 
 
 @section(seconds=40)
@@ -166,7 +188,7 @@ def emulator(context: Context) -> Iterator[Row]:
     if not context.on_gpu:
         yield only_on_gpu("emulator against hardware")
         return
-    build_emulator(("float", "half"))
+    build_emulator()
     for p, variant, dtype, pairs in on_device(Context(context.device, quick=True)):
         if dtype == "float64" or variant.name == "numba_cuda":  # which would run on the GPU both times
             continue

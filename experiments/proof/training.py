@@ -28,6 +28,7 @@ from nanocnn.precision import precision as switch
 from nanocnn.train import train_step
 
 from . import Context, Row, only_on_gpu, section
+from .correct import bfloat16
 
 HERE = Path(__file__).resolve().parent.parent
 LR = 0.02
@@ -69,14 +70,15 @@ def graph(context: Context) -> Iterator[Row]:
 
 @section(seconds=30)
 def precision(context: Context) -> Iterator[Row]:
-    """fp16 against fp32: the curves of the loss"""
+    """fp16, and bf16 where the GPU has it, against fp32: the curves of the loss"""
     steps = 4 if context.quick else 200
-    curves = [np.array(losses(context.device, steps, precision=p)) for p in ("fp32", "fp16")]
+    names = "fp32", "fp16", *(["bf16"] if bfloat16(context) else [])
+    curves = {p: np.array(losses(context.device, steps, precision=p)) for p in names}
     for step in np.unique(np.linspace(0, steps - 1, min(steps, 11)).astype(int)):
-        yield dict(step=int(step), fp32=float(curves[0][step]), fp16=float(curves[1][step]))
-    last = [float(curve[-(-steps // 4) :].mean()) for curve in curves]  # one step's loss is noise
-    apart = abs(last[1] - last[0])
-    yield dict(step="last quarter", fp32=last[0], fp16=last[1], ok=bool(apart <= 0.05 * last[0] + 0.02))
+        yield dict(step=int(step), **{p: float(curve[step]) for p, curve in curves.items()})
+    last = {p: float(curve[-(-steps // 4) :].mean()) for p, curve in curves.items()}  # one step's loss is noise
+    apart = max(abs(last[p] - last["fp32"]) for p in names)
+    yield dict(step="last quarter", **last, ok=bool(apart <= 0.05 * last["fp32"] + 0.02))
 
 
 # ------------------------------------------------------------------ networks, against PyTorch

@@ -17,6 +17,7 @@ from ..batch_norm import (
     batch_norm_stats,
     statistics_dtype,
 )
+from ..narrow import HALVES
 from .launch import Kernel, contiguous, empty, one_each, reals
 from .reduce import ROWS, add_up, over_rows, partials
 
@@ -107,9 +108,9 @@ def batch_norm_running_cuda(running_mean, running_var, mean, var, momentum, rows
 
 
 def _numbers(first, *others):
-    """(C,) arrays, of one dtype or of float16 and float32."""
+    """(C,) arrays, of one dtype or of halves and float32."""
     dtypes = {a.dtype for a in (first, *others)}
-    narrow = dtypes <= {np.dtype(np.float16), np.dtype(np.float32)}
+    narrow = dtypes <= {np.dtype(np.float32), *HALVES}
     alike = all(a.shape == first.shape for a in others)
     return bool(first.size) and alike and (narrow or dtypes == {np.dtype(np.float64)})
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from ..epilogue import finish
 from ..im2col import output_shape
+from ..narrow import HALVES
 from .device import copies_asynchronously
 from .im2col import BIGGEST, geometry
 from .launch import MOST_Y, Kernel, aligned, contiguous, empty, is_aligned, one_each, reals
@@ -109,8 +110,8 @@ def conv2d_cuda_naive(x, w, stride, padding, dilation, groups, *, bias=None, res
 
 
 def _fp32_pays(x, w, stride, padding, dilation, groups, **epilogue):
-    """Not for float16, which cuBLAS gives to tensor cores."""
-    return x.dtype != np.float16 and not _narrow(w.shape[3], groups)
+    """Not for halves, which cuBLAS gives to tensor cores."""
+    return x.dtype not in HALVES and not _narrow(w.shape[3], groups)
 
 
 def _tiles(x, w, *rest, **epilogue):
@@ -132,7 +133,7 @@ def conv2d_cuda_implicit(x, w, stride, padding, dilation, groups, *, bias=None, 
 
 def _divides(vector, dtype, groups, *channels):
     """Whether one load of 16 bytes, `vector` numbers of that dtype, has channels of one pixel."""
-    right = dtype == (np.float32 if vector == 4 else np.float16)
+    right = dtype == np.float32 if vector == 4 else dtype in HALVES
     return right and groups == 1 and all(c % vector == 0 for c in channels)
 
 
@@ -177,7 +178,7 @@ def conv2d_grad_x_cuda_naive(gy, w, x_shape, stride, padding, dilation, groups, 
 
 
 def _fp32_pays_x(gy, w, x_shape, stride, padding, dilation, groups, **residual):
-    return gy.dtype != np.float16 and not _narrow(x_shape[3], groups)
+    return gy.dtype not in HALVES and not _narrow(x_shape[3], groups)
 
 
 def _tiles_x(gy, w, *rest, **residual):
@@ -282,7 +283,7 @@ def _into(out, gw):
 
 def _sum_up(kernel, grid, block, gy, x, w_shape, parts, span, rest, out, shared=0):
     """The parts by a kernel, `grid` blocks each along its last axis, and their sum; in `out` where there is one. Parts
-    of float16 are float32."""
+    of halves are float32."""
     gw = _result(out, gy, w_shape)
     sums = gw if parts == 1 and gw.dtype == sums_dtype(gw) else empty(gy, (parts, *w_shape), sums_dtype(gw))
     kernel((*grid, parts), block, aligned(gy), aligned(x), sums, math.prod(gy.shape[:3]), span, *rest, shared=shared)
@@ -332,7 +333,7 @@ def conv2d_grad_w_cuda_vectorised(gy, x, w_shape, stride, padding, dilation, gro
     return _sum_up(GRAD_W_VECTORISED, (blocks, 1), (128,), gy, x, w_shape, parts, span, sizes, out)
 
 
-# ------------------------------------------------------------------ tensor cores: float16, in eights of channels
+# ------------------------------------------------------------------ tensor cores: halves, in eights of channels
 
 STAGES = Tunable(
     "three pairs of tiles: one that is used and two on their way",
@@ -360,7 +361,7 @@ def _run_tensor(x, w, y, stride, padding, dilation, bias=None, residual=None, re
 
 @conv2d.variant("cuda_tensor", device="cuda", supports=_eights)
 def conv2d_cuda_tensor(x, w, stride, padding, dilation, groups, *, bias=None, residual=None, relu=False):
-    """tensor cores (Ampere or later), fp16, sums in fp32; asynchronous copies, which write zeros for pixels outside"""
+    """tensor cores (Ampere or later), halves, sums in fp32; asynchronous copies write zeros for pixels outside"""
     y = empty(x, (*output_shape(x.shape, w.shape[:2], stride, padding, dilation), w.shape[3]))
     _run_tensor(x, w, y, stride, padding, dilation, bias, residual, relu)
     return y

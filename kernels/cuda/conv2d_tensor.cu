@@ -1,5 +1,5 @@
-// Convolution, and the gradient of its weights, on tensor cores: fp16, sums in fp32; as in gemm_tensor.cu, where the
-// left matrix is the columns of conv2d.cu, which are never made.
+// Convolution, and the gradient of its weights, on tensor cores: fp16 or bf16, sums in fp32; as in gemm_tensor.cu,
+// where the left matrix is the columns of conv2d.cu, which are never made.
 //
 // An asynchronous copy brings 8 channels of one pixel at a time (c is a multiple of 8), past the registers; for a
 // pixel outside of its image it writes zeros and reads nothing. One group.
@@ -22,8 +22,8 @@
 #define PITCH_B (BLOCK_N + 8)
 #define OUTSIDE (-(1 << 30))   // a row of an image where no kernel reaches back into it
 
-__device__ __forceinline__ float2 plus(float2 v, const half* more) {
-    const float2 m = __half22float2(*reinterpret_cast<const half2*>(more));
+__device__ __forceinline__ float2 plus(float2 v, const narrow* more) {
+    const float2 m = load2(more);
     return make_float2(v.x + m.x, v.y + m.y);
 }
 
@@ -31,11 +31,11 @@ __device__ __forceinline__ float2 plus(float2 v, const half* more) {
 // the same four rows of the left tile, and one column, whose tap moves on by additions.
 // at most 128 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_tensor(const half* x, const half* w, const half* bias, const half* residual, half* y, int m, int height,
+conv2d_tensor(const narrow* x, const narrow* w, const narrow* bias, const narrow* residual, narrow* y, int m, int height,
               int width, int c, int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh,
               int dw, int relu) {
-    DYNAMIC_SHARED(half, tiles);
-    half* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
+    DYNAMIC_SHARED(narrow, tiles);
+    narrow* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
     const int across_blocks = (o + BLOCK_N - 1) / BLOCK_N, depth = kh * kw * c;
     const int row = blockIdx.x / across_blocks * BLOCK_M, column = blockIdx.x % across_blocks * BLOCK_N;
     const int t = threadIdx.x, lane = t % 32, warp = t / 32;
@@ -51,8 +51,8 @@ conv2d_tensor(const half* x, const half* w, const half* bias, const half* residu
     float sum[WARP_M / 16][WARP_N / 8][4] = {};
 
     auto fetch = [&](int first, int stage) {  // of first = 0, BLOCK_K, 2 BLOCK_K, ...
-        half* const to_a = tiles + stage * BLOCK_M * PITCH_A;
-        half* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
+        narrow* const to_a = tiles + stage * BLOCK_M * PITCH_A;
+        narrow* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
         while (channel >= c && down < kh) {
             channel -= c;
             if (++across == kw) across = 0, down++;
@@ -61,7 +61,7 @@ conv2d_tensor(const half* x, const half* w, const half* bias, const half* residu
         for (int i = 0; i < 4; i++) {
             const int r = top[i] + down * dh, s = left[i] + across * dw;
             const bool inside = down < kh && r >= 0 && r < height && s >= 0 && s < width;
-            const half* const from = inside ? x + (((size_t)image[i] * height + r) * width + s) * c + channel : x;
+            const narrow* const from = inside ? x + (((size_t)image[i] * height + r) * width + s) * c + channel : x;
             cp_async16(to_a + (t / 4 + i * 32) * PITCH_A + t % 4 * 8, from, inside);
         }
         channel += BLOCK_K;
@@ -83,8 +83,8 @@ conv2d_tensor(const half* x, const half* w, const half* bias, const half* residu
         __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
         if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
         cp_commit();
-        const half* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
-        const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+        const narrow* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
+        const narrow* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
         multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_A, PITCH_B, false>(
             tile_a + warp_row * PITCH_A, tile_b + warp_column, lane, sum);
     }
@@ -102,7 +102,7 @@ conv2d_tensor(const half* x, const half* w, const half* bias, const half* residu
                 if (bias) v = plus(v, bias + s);
                 if (residual) v = plus(v, residual + at);
                 if (relu) v = make_float2(v.x <= 0 ? 0 : v.x, v.y <= 0 ? 0 : v.y);  // NaN stays NaN
-                store2(y + at, __floats2half2_rn(v.x, v.y));
+                store2(y + at, v);
             }
 }
 
@@ -111,10 +111,10 @@ conv2d_tensor(const half* x, const half* w, const half* bias, const half* residu
 // thread always copies the same column of it, one tap and 8 channels, and moves on through positions.
 // at most 128 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_w_tensor(const half* gy, const half* x, float* parts, int m, int span, int height, int width, int c,
+conv2d_grad_w_tensor(const narrow* gy, const narrow* x, float* parts, int m, int span, int height, int width, int c,
                      int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh, int dw) {
-    DYNAMIC_SHARED(half, tiles);
-    half* const tiles_b = tiles + STAGES * BLOCK_K * PITCH_T;
+    DYNAMIC_SHARED(narrow, tiles);
+    narrow* const tiles_b = tiles + STAGES * BLOCK_K * PITCH_T;
     const int across_blocks = (o + BLOCK_N - 1) / BLOCK_N, depth = kh * kw * c;
     const int row = blockIdx.x / across_blocks * BLOCK_M, column = blockIdx.x % across_blocks * BLOCK_N;
     const int t = threadIdx.x, lane = t % 32, warp = t / 32;
@@ -125,14 +125,14 @@ conv2d_grad_w_tensor(const half* gy, const half* x, float* parts, int m, int spa
     float sum[WARP_M / 16][WARP_N / 8][4] = {};
 
     auto fetch = [&](int first, int stage) {  // of first = begin, begin + BLOCK_K, ...
-        half* const to_a = tiles + stage * BLOCK_K * PITCH_T;
-        half* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
+        narrow* const to_a = tiles + stage * BLOCK_K * PITCH_T;
+        narrow* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
         int image_of = image, p_of = p, q_of = q;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int r = p_of * sh + down, s = q_of * sw + right;
             const bool inside = k < depth && first + mine + i < end && r >= 0 && r < height && s >= 0 && s < width;
-            const half* const from = inside ? x + (((size_t)image_of * height + r) * width + s) * c + channel : x;
+            const narrow* const from = inside ? x + (((size_t)image_of * height + r) * width + s) * c + channel : x;
             cp_async16(to_a + (mine + i) * PITCH_T + t % 16 * 8, from, inside);
             if (++q_of == ow) {
                 q_of = 0;
@@ -159,8 +159,8 @@ conv2d_grad_w_tensor(const half* gy, const half* x, float* parts, int m, int spa
         __syncthreads();
         if (step + STAGES - 1 < steps) fetch(begin + (step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
         cp_commit();
-        const half* const tile_a = tiles + step % STAGES * BLOCK_K * PITCH_T;
-        const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+        const narrow* const tile_a = tiles + step % STAGES * BLOCK_K * PITCH_T;
+        const narrow* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
         multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_T, PITCH_B, true>(tile_a + warp_row, tile_b + warp_column,
                                                                                lane, sum);
     }

@@ -23,6 +23,7 @@ from .. import emulated_array
 from ..dispatch import DeviceError, Switch, device_of, xp_of
 from ..epilogue import finish
 from ..memory import address
+from ..narrow import HALVES
 from . import emulated
 from .gemm import matmul  # with its rungs: this is the last one
 from .launch import empty
@@ -35,7 +36,8 @@ tf32 = Switch(
 )
 
 WORKSPACE = 32 << 20  # bytes: what NVIDIA recommends for Hopper
-TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 2}  # cudaDataType
+TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}  # cudaDataType
+TYPES |= {dtype: half.cublas for dtype, half in HALVES.items()}
 COMPUTE_32F, COMPUTE_64F, COMPUTE_TF32 = 68, 70, 77  # cublasComputeType_t
 BEST = -1  # cublasGemmAlgo_t: the library's own choice
 STATUS = {1: "not initialised", 3: "no memory", 7: "an invalid value", 8: "an architecture mismatch", 13: "a failure",
@@ -154,7 +156,7 @@ def _matrices(x: Any, batch: tuple[int, ...]) -> tuple[Any, int]:
 
 @matmul.variant("cublas", device="cuda", supports=_products)
 def matmul_cublas(a, b, out=None, **epilogue):
-    """cuBLAS, by a handle of our own, which can be recorded in a graph; sums of fp16 in fp32"""
+    """cuBLAS, by a handle of our own, which can be recorded in a graph; sums of halves in fp32"""
     shape = (*(_batch(a, b) or ()), a.shape[-2], b.shape[-1])
     c = out if out is not None and out.flags.c_contiguous and out.dtype == a.dtype else empty(a, shape)
     multiply(a, b, c)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dispatch import DeviceError, device_of
+from ..narrow import Narrow
 
 PIP = "python -m pip"
 DRIVER = "libcuda.so.1"
@@ -94,6 +95,23 @@ def copies_asynchronously(x: Any) -> bool:
 def has_warpgroups(x: Any) -> bool:
     """Whether the device of an array knows `wgmma`: the emulator, and Hopper, but nothing later."""
     return device_of(x) != "cuda" or _capability(x.device.id) == WARPGROUPS
+
+
+def check_half(what: str, half: Narrow) -> None:
+    """Raise DeviceError if the current GPU, or CuPy, has no such numbers; `what` it was that asked for them."""
+    import cupy
+
+    found = _capability(cupy.cuda.Device().id)
+    if found < half.capability:
+        raise DeviceError(
+            f"{what} needs a GPU of compute capability {'.'.join(map(str, half.capability))} (Ampere) or later, and "
+            f"this one is of {'.'.join(map(str, found))}. To do: precision=fp16"
+        )
+    if int(cupy.__version__.partition(".")[0]) < half.cupy:
+        raise DeviceError(
+            f"{what} needs CuPy {half.cupy} or later, and this is CuPy {cupy.__version__}. To do: "
+            f"{PIP} install -U {' '.join(wheels()) or 'cupy'}; or precision=fp16"
+        )
 
 
 def check_headers(error: str) -> None:

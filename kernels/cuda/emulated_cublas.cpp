@@ -6,10 +6,18 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 #define CUBLAS extern "C" __attribute__((visibility("default"))) int
 enum { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };  // cublasStatus_t
-enum { FLOAT = 0, DOUBLE = 1, HALF = 2 };                     // cudaDataType
+enum { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT16 = 14 };      // cudaDataType
 enum { COMPUTE_FLOAT = 68, COMPUTE_DOUBLE = 70, COMPUTE_TF32 = 77 };
+
+struct Bfloat16 {
+    uint16_t bits;
+    explicit Bfloat16(float v) : bits(bfloat16_bits(v)) {}
+    operator float() const { return float_of_bfloat16(bits); }
+};
 
 CUBLAS cublasCreate_v2(void** handle) {
     *handle = new int(0);
@@ -74,6 +82,9 @@ CUBLAS cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, co
         else if (atype == HALF)
             product(ta, tb, m, n, k, *(float*)alpha, (_Float16*)a + fa, lda, (_Float16*)b + fb, ldb, *(float*)beta,
                     (_Float16*)c + fc, ldc);
+        else if (atype == BFLOAT16)
+            product(ta, tb, m, n, k, *(float*)alpha, (Bfloat16*)a + fa, lda, (Bfloat16*)b + fb, ldb, *(float*)beta,
+                    (Bfloat16*)c + fc, ldc);
         else
             product(ta, tb, m, n, k, *(float*)alpha, (float*)a + fa, lda, (float*)b + fb, ldb, *(float*)beta,
                     (float*)c + fc, ldc, compute == COMPUTE_TF32);

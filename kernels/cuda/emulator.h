@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
+
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #error "the emulator's fibers are written for x86-64 and AArch64"
 #endif
@@ -50,6 +52,13 @@ using half = _Float16;
 using __half = _Float16;
 struct alignas(4) __half2 { __half x, y; };
 using half2 = __half2;
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+    __nv_bfloat16() = default;
+    __nv_bfloat16(float v) : bits(bfloat16_bits(v)) {}
+    __attribute__((noinline, no_sanitize("thread"))) operator float() const;  // a load, of the line that asks for it
+};
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -135,6 +144,11 @@ template <class T> EMULATOR T from_lane(const unsigned char* all, int lane) {
 EMULATOR int lane() { return thread.number % 32; }
 
 }  // namespace emulator
+
+inline __nv_bfloat16::operator float() const {
+    emulator::watch(this, 2, false, __builtin_return_address(0));
+    return float_of_bfloat16(bits);
+}
 
 #define threadIdx (emulator::thread.index)
 #define blockIdx (emulator::block_index)

@@ -10,17 +10,18 @@ import numpy as np
 
 from ..epilogue import finish
 from ..matmul import matmul
+from ..narrow import HALVES
 from .device import copies_asynchronously, has_warpgroups
 from .launch import Kernel, aligned, empty, is_aligned
 from .source import macros
 from .tunable import Tunable
 
 
-def _matrices(dtype, multiple=1):
-    """Two matrices of a dtype, whose rows have a multiple of so many numbers: those of one load."""
+def _matrices(*dtypes, multiple=1):
+    """Two matrices of one of these dtypes, whose rows have a multiple of so many numbers: those of one load."""
 
     def supports(a, b, out=None, *, bias=None, relu=False):
-        fits = a.ndim == b.ndim == 2 and a.dtype == b.dtype == dtype and a.shape[1] == b.shape[0]
+        fits = a.ndim == b.ndim == 2 and a.dtype == b.dtype and a.dtype in dtypes and a.shape[1] == b.shape[0]
         return fits and bool(a.size and b.size) and a.shape[1] % multiple == b.shape[1] % multiple == 0
 
     return supports
@@ -124,7 +125,7 @@ def matmul_cuda_vectorised(a, b, out=None, **epilogue):
     return _product(VECTORISED, [("n", wide), ("m", wide)], (256,), a, b, out, epilogue)
 
 
-_eights = _matrices(np.float16, multiple=8)
+_eights = _matrices(*HALVES, multiple=8)
 
 
 def _on_tensor_cores(a, b, out=None, **epilogue):
@@ -133,14 +134,14 @@ def _on_tensor_cores(a, b, out=None, **epilogue):
 
 @matmul.variant("cuda_tensor", device="cuda", supports=_on_tensor_cores, auto=False)
 def matmul_cuda_tensor(a, b, out=None, **epilogue):
-    """tensor cores (Ampere or later), fp16 with sums in fp32; asynchronous copies three tiles ahead"""
+    """tensor cores (Ampere or later), halves with sums in fp32; asynchronous copies three tiles ahead"""
     m, n, k, stages = (TENSOR[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES"))
     shared = stages * (m * TENSOR["PITCH_A"] + k * TENSOR["PITCH_B"]) * a.itemsize
     return _product(TENSOR, [("n", n), ("m", m)], (256,), a, b, out, epilogue, shared=shared)
 
 
 def _by_warpgroups(a, b, out=None, **epilogue):
-    return _eights(a, b, out, **epilogue) and has_warpgroups(a)
+    return a.dtype == np.float16 and _eights(a, b, out, **epilogue) and has_warpgroups(a)
 
 
 @matmul.variant("cuda_wgmma", device="cuda", supports=_by_warpgroups, auto=False)

@@ -1,4 +1,4 @@
-// The matrix product on tensor cores: C (m x n) = A (m x k) B (k x n), fp16, row by row, sums in fp32.
+// The matrix product on tensor cores: C (m x n) = A (m x k) B (k x n), fp16 or bf16, sums in fp32.
 //
 // A warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. What remains is to feed it: tiles come by
 // asynchronous copies (cp.async) past the registers into shared memory, STAGES of them on their way at a time, and from
@@ -21,17 +21,17 @@
 // k and n are multiples of 8: 16 bytes are copied at once.
 // at most 168 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(256)
-gemm_tensor(const half* a, const half* b, half* c, int m, int n, int k) {
-    DYNAMIC_SHARED(half, tiles);
-    half* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
+gemm_tensor(const narrow* a, const narrow* b, narrow* c, int m, int n, int k) {
+    DYNAMIC_SHARED(narrow, tiles);
+    narrow* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
     const int t = threadIdx.x, lane = t % 32, warp = t / 32;
     const int row = blockIdx.y * BLOCK_M, column = blockIdx.x * BLOCK_N;
     const int warp_row = warp / 4 * WARP_M, warp_column = warp % 4 * WARP_N;
     float sum[WARP_M / 16][WARP_N / 8][4] = {};
 
     auto fetch = [&](int first, int stage) {
-        half* const to_a = tiles + stage * BLOCK_M * PITCH_A;
-        half* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
+        narrow* const to_a = tiles + stage * BLOCK_M * PITCH_A;
+        narrow* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
 #pragma unroll
         for (int i = 0; i < BLOCK_M * BLOCK_K / 8 / 256; i++) {
             const int piece = t + i * 256, r = piece / (BLOCK_K / 8), d = piece % (BLOCK_K / 8) * 8;
@@ -56,8 +56,8 @@ gemm_tensor(const half* a, const half* b, half* c, int m, int n, int k) {
         __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
         if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
         cp_commit();
-        const half* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
-        const half* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+        const narrow* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
+        const narrow* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
         multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_A, PITCH_B, false>(
             tile_a + warp_row * PITCH_A, tile_b + warp_column, lane, sum);
     }
@@ -70,6 +70,6 @@ gemm_tensor(const half* a, const half* b, half* c, int m, int n, int k) {
                 const int r = row + warp_row + i * 16 + lane / 4 + h * 8;
                 const int s = column + warp_column + j * 8 + lane % 4 * 2;
                 if (r < m && s < n)
-                    store2(c + (size_t)r * n + s, __floats2half2_rn(sum[i][j][h * 2], sum[i][j][h * 2 + 1]));
+                    store2(c + (size_t)r * n + s, make_float2(sum[i][j][h * 2], sum[i][j][h * 2 + 1]));
             }
 }

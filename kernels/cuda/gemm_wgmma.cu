@@ -87,7 +87,7 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; i += 2)  // each warp has 16 rows, as mma_16x8x16 hands them to its lanes
         store2(mine + (lane / 4 + i / 2 % 2 * 8) * PITCH_C + i / 4 * 8 + lane % 4 * 2,
-               __floats2half2_rn(sum[i], sum[i + 1]));
+               make_float2(sum[i], sum[i + 1]));
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 16 * BLOCK_N / 8; i += 32) {

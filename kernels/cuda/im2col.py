@@ -77,14 +77,14 @@ def im2col_cuda_numbers(x, kernel, stride, padding, dilation):
 
 @im2col.variant("cuda_vectorised", device="cuda", supports=_vectors)
 def im2col_cuda_vectorised(x, kernel, stride, padding, dilation):
-    """a thread for each 16 bytes: a quarter of the requests, an eighth for float16"""
+    """a thread for each 16 bytes: a quarter of the requests, an eighth for halves"""
     return _im2col(VECTORISED, 16 // x.itemsize, x, kernel, stride, padding, dilation)
 
 
 @col2im.variant(
     "cuda_atomic",
     device="cuda",
-    supports=lambda cols, *rest: cols.dtype.itemsize > 2 and _columns(cols, *rest),  # float16 would add up in float16
+    supports=lambda cols, *rest: cols.dtype.itemsize > 2 and _columns(cols, *rest),  # halves would add up as halves
     auto=False,
 )
 def col2im_cuda_atomic(cols, x_shape, kernel, stride, padding, dilation):

@@ -4,7 +4,8 @@
     tiled((blocks, blocks), (16, 16), a, b, c, m, n, k)   # arrays of CuPy: on the GPU; `emulated`: on the CPU
 
 A macro of the source is a parameter that the reader can see; tunable.py changes some. One, REAL, is the type of a
-kernel's arrays: a kernel whose parameters say `real*` is compiled for the dtype of the arrays that it is given.
+kernel's arrays: a kernel whose parameters say `real*` is compiled for the dtype of the arrays that it is given. NARROW
+is the same for `narrow*`, where there are arrays of 16 bits.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import numpy as np
 from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
+from ..narrow import HALVES, is_float
 from . import device, emulated
 from .resources import cubin_of
 from .source import (
     ARRAYS,
     FOLDER,
+    NARROW,
     NUMBERS,
     REAL,
     SUM,
@@ -41,7 +44,8 @@ from .source import (
 )
 from .tunable import Tunable
 
-REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.float16): "half"}
+REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+REALS |= {dtype: half.cuda for dtype, half in HALVES.items()}
 PLAIN_SHARED = 48 << 10  # bytes that a block may have without asking for more
 MOST_THREADS = 1024  # of a block, on every GPU
 MOST_Y = 65535  # blocks along y (or z) of a grid, on every GPU
@@ -90,13 +94,18 @@ class Kernel:
             names = ", ".join(p.name for p in parameters)
             raise TypeError(f"{self.name} takes {len(parameters)} arguments ({names}), got {len(args)}")
         pairs = zip(parameters, args, strict=True)
-        given = [(p.kind, a.dtype) for p, a in each_array(pairs) if p.kind in (REAL, SUM)]
+        given = [(p.kind, a.dtype) for p, a in each_array(pairs) if p.kind in (REAL, SUM, NARROW)]
         dtypes = dict(reversed(given))  # of the first of each kind; sums alone are of the type that they come in
         real = dtypes.get(REAL, dtypes.get(SUM))
         if real is not None and real not in REALS:
             raise TypeError(f"{self.name} takes arrays of {', '.join(map(str, REALS))}; got {real}")
-        checked = [_argument(self.name, p, a, real) for p, a in zip(parameters, args, strict=True)]
-        defines = tuple(sorted({**self._defines(), **({"REAL": REALS[real]} if real else {})}.items()))
+        narrow = dtypes.get(NARROW)
+        if narrow is not None and narrow not in HALVES:
+            raise TypeError(f"{self.name} takes arrays of {', '.join(map(str, HALVES))}; got {narrow}")
+        kinds = {REAL: real, SUM: _sum_of(real), NARROW: narrow}
+        checked = [_argument(self.name, p, a, kinds) for p, a in zip(parameters, args, strict=True)]
+        named = {macro: REALS[dtype] for macro, dtype in (("REAL", real), ("NARROW", narrow)) if dtype is not None}
+        defines = tuple(sorted({**self._defines(), **named}.items()))
         grid, block = _three(grid), _three(block)
         if min(*grid, *block) < 1 or np.prod(block) > MOST_THREADS:
             raise ValueError(
@@ -188,7 +197,7 @@ def launches() -> Iterator[list[Launch]]:
 
 def reals(*args: Any, **kwargs: Any) -> bool:
     """What a variant supports whose kernels take `real*`: float arrays, not empty, all of one such dtype."""
-    arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and a.dtype.kind == "f" and a.ndim]
+    arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and is_float(a.dtype) and a.ndim]
     return bool(arrays) and all(a.dtype == arrays[0].dtype and a.size for a in arrays) and arrays[0].dtype in REALS
 
 
@@ -231,8 +240,8 @@ def aligned(x: Any) -> Any:
     return x if is_aligned(x) else x.copy(order="C")
 
 
-def _argument(kernel: str, p: Parameter, a: Any, real: Any) -> Any:
-    """An array as it is, None, or a number of the size that C++ wants. `real` is the dtype of arrays of that type."""
+def _argument(kernel: str, p: Parameter, a: Any, kinds: dict[str, Any]) -> Any:
+    """An array as it is, None, or a number of the size that C++ wants. `kinds`: dtypes of types that macros name."""
     if not p.pointer:
         if isinstance(a, np.ndarray) and a.ndim:
             raise TypeError(f"{kernel}: {p.name} is a number ({p.kind}), got an array of {a.shape}")
@@ -247,10 +256,10 @@ def _argument(kernel: str, p: Parameter, a: Any, real: Any) -> Any:
         return None
     if p.many and isinstance(a, list | tuple):
         one = replace(p, many=False)
-        return [_argument(kernel, one, array, real) for array in a]
+        return [_argument(kernel, one, array, kinds) for array in a]
     if p.many:
         raise TypeError(f"{kernel}: {p.name} is a list of arrays, got {type(a).__name__}")
-    expected = np.dtype(real if p.kind == REAL else _sum_of(real) if p.kind == SUM else ARRAYS[p.kind])
+    expected = np.dtype(kinds[p.kind] if p.kind in kinds else ARRAYS[p.kind])
     if getattr(a, "dtype", None) != expected or not a.flags.c_contiguous:
         order = "" if not hasattr(a, "flags") or a.flags.c_contiguous else ", not C-contiguous"
         raise TypeError(f"{kernel}: {p.name} points to {expected}; got {getattr(a, 'dtype', type(a).__name__)}{order}")

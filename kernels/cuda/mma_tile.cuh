@@ -1,14 +1,15 @@
-// What a warp multiplies on tensor cores, of gemm_tensor.cu and conv2d_tensor.cu: fp16, sums in fp32.
+// What a warp multiplies on tensor cores, of gemm_tensor.cu and conv2d_tensor.cu: fp16 or bf16, sums
+// in fp32.
 #pragma once
 
-#include "ptx.cuh"
+#include "narrow.cuh"
 
 // `sum` (16 M x 8 N numbers, as mma_16x8x16 hands them to the lanes) += A (16 M x DEPTH) B (DEPTH x 8 N): tiles in
 // shared memory, rows PITCH numbers apart. A TURNED one lies with its rows along the depth, and is transposed on its
 // way to the registers: of the four matrices that `ldmatrix` brings, two are along the rows of A, then two along the
 // depth.
 template <int M, int N, int DEPTH, int PITCH_A, int PITCH_B, bool TURNED>
-__device__ __forceinline__ void multiply_warp(const half* a, const half* b, int lane, float (*sum)[N][4]) {
+__device__ __forceinline__ void multiply_warp(const narrow* a, const narrow* b, int lane, float (*sum)[N][4]) {
     a += TURNED ? (lane / 16 * 8 + lane % 8) * PITCH_A + lane / 8 % 2 * 8 : lane % 16 * PITCH_A + lane / 16 * 8;
     b += lane % 16 * PITCH_B + lane / 16 * 8;
 #pragma unroll
@@ -24,6 +25,6 @@ __device__ __forceinline__ void multiply_warp(const half* a, const half* b, int 
 #pragma unroll
         for (int i = 0; i < M; i++)
 #pragma unroll
-            for (int j = 0; j < N; j++) mma_16x8x16(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+            for (int j = 0; j < N; j++) mma_16x8x16<narrow>(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
     }
 }

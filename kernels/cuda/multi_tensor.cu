@@ -4,6 +4,7 @@
 // Where the arrays lie is a table in memory, too. So a step's launches do not depend on how many arrays there are, and
 // no block is left alone with a large one. Learning rate, step and loss scale are read from `control`, so that a
 // recorded launch can be made again with others; the columns are those of kernels/multi_tensor.py.
+#include "narrow.cuh"
 #include "real.cuh"
 
 #ifndef THREADS
@@ -37,7 +38,7 @@ found_nonfinite(const int* chunks, const long long* sizes, const real* const* gr
 // at most 40 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
 multi_sgd(const int* chunks, const long long* sizes, real* const* data, const real* const* grads, real* const* buffers,
-          half* const* copies, const double* hyper, const double* control, const int* found) {
+          narrow* const* copies, const double* hyper, const double* control, const int* found) {
     enum { RATE, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, COLUMNS };
     if (found && *found) return;
     const double* const mine = hyper + WHICH * COLUMNS;
@@ -47,7 +48,7 @@ multi_sgd(const int* chunks, const long long* sizes, real* const* data, const re
     const bool nesterov = mine[NESTEROV] != 0;
     real* const weights = data[WHICH];
     real* const buffer = buffers && momentum != 0 ? buffers[WHICH] : nullptr;
-    half* const copy = copies ? copies[WHICH] : nullptr;
+    narrow* const copy = copies ? copies[WHICH] : nullptr;
     const real* const grad = grads[WHICH];
     const long long end = END;
     for (long long i = FIRST; i < end; i += THREADS) {
@@ -60,7 +61,7 @@ multi_sgd(const int* chunks, const long long* sizes, real* const* data, const re
         }
         const sum updated = w - lr * step;
         weights[i] = (real)updated;
-        if (copy) copy[i] = __float2half_rn((float)updated);
+        if (copy) copy[i] = (narrow)(float)updated;
     }
 }
 
@@ -68,7 +69,7 @@ multi_sgd(const int* chunks, const long long* sizes, real* const* data, const re
 // at most 48 registers, 16 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
 multi_adam(const int* chunks, const long long* sizes, real* const* data, const real* const* grads,
-           real* const* exp_avgs, real* const* exp_avg_sqs, half* const* copies, const double* hyper,
+           real* const* exp_avgs, real* const* exp_avg_sqs, narrow* const* copies, const double* hyper,
            const double* control, const int* found) {
     enum { RATE, BETA1, BETA2, EPS, DECAY, DECOUPLED, COLUMNS };
     __shared__ sum shared[2];
@@ -88,7 +89,7 @@ multi_adam(const int* chunks, const long long* sizes, real* const* data, const r
     real* const weights = data[WHICH];
     real* const exp_avg = exp_avgs[WHICH];
     real* const exp_avg_sq = exp_avg_sqs[WHICH];
-    half* const copy = copies ? copies[WHICH] : nullptr;
+    narrow* const copy = copies ? copies[WHICH] : nullptr;
     const real* const grad = grads[WHICH];
     const long long end = END;
     for (long long i = FIRST; i < end; i += THREADS) {
@@ -99,7 +100,7 @@ multi_adam(const int* chunks, const long long* sizes, real* const* data, const r
         exp_avg_sq[i] = (real)v;
         const sum updated = keep * w - rate * m / ((sum)sqrt(v) / correction + eps);
         weights[i] = (real)updated;
-        if (copy) copy[i] = __float2half_rn((float)updated);
+        if (copy) copy[i] = (narrow)(float)updated;
     }
 }
 

@@ -15,6 +15,7 @@ from ..multi_tensor import (
     multi_sgd_update,
     update_scale_,
 )
+from ..narrow import HALVES
 from .launch import REALS, Kernel
 from .source import macros
 from .tunable import Tunable
@@ -73,7 +74,9 @@ def _flag(found):
 def _copies_fit(copies, data):
     if copies is None:
         return True
-    plain = all(c.dtype == np.float16 and c.ndim == 1 and c.flags.c_contiguous for c in copies)
+    plain = all(
+        c.dtype in HALVES and c.dtype == copies[0].dtype and c.ndim == 1 and c.flags.c_contiguous for c in copies
+    )
     return plain and [c.size for c in copies] == [w.size for w in data]
 
 

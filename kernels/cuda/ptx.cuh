@@ -3,6 +3,7 @@
 #pragma once
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #ifdef __CUDACC_RTC__
 typedef unsigned int uint32_t;
@@ -20,7 +21,10 @@ typedef unsigned long long uint64_t;
 // Several numbers in one instruction; `p` is a multiple of their size. (No PTX, but g++ would take them apart.)
 PTX float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 PTX void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
-PTX void store2(half* p, half2 v) { *reinterpret_cast<half2*>(p) = v; }
+PTX float2 load2(const half* p) { return __half22float2(*reinterpret_cast<const half2*>(p)); }
+PTX float2 load2(const __nv_bfloat16* p) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p)); }
+PTX void store2(half* p, float2 v) { *reinterpret_cast<half2*>(p) = __float22half2_rn(v); }
+PTX void store2(__nv_bfloat16* p, float2 v) { *reinterpret_cast<__nv_bfloat162*>(p) = __float22bfloat162_rn(v); }
 
 PTX unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 PTX void cp_async16(void* to, const void* from, bool inside) {
@@ -39,13 +43,16 @@ PTX void ldmatrix_x4_trans(uint32_t* r, const void* row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)));
 }
-PTX void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+template <class T> PTX void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b);
+#define MMA(type, name)                                                                             \
+    template <> PTX void mma_16x8x16<type>(float* c, const uint32_t* a, const uint32_t* b) {          \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                  \
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"             \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));             \
+    }
+MMA(half, "f16")
+MMA(__nv_bfloat16, "bf16")
 
 #else
 #include "emulator.h"
@@ -60,9 +67,14 @@ PTX void store4(float* p, float4 v) {
     emulator::watch(p, 16, true, __builtin_return_address(0));
     std::memcpy(p, &v, 16);
 }
-PTX void store2(half* p, half2 v) {
+template <class T> PTX float2 load2(const T* p) {
+    emulator::watch(p, 4, false, __builtin_return_address(0));
+    return {(float)emulator::from_memory<T>(p), (float)emulator::from_memory<T>(p + 1)};
+}
+template <class T> PTX void store2(T* p, float2 v) {
     emulator::watch(p, 4, true, __builtin_return_address(0));
-    std::memcpy(p, &v, 4);
+    const T both[2] = {(T)v.x, (T)v.y};
+    std::memcpy(p, both, 4);
 }
 PTX void cp_async16(void* to, const void* from, bool inside) {
     emulator::copy_later(to, inside ? from : nullptr, 16, __builtin_return_address(0));
@@ -88,11 +100,11 @@ PTX void ldmatrix_x4_trans(uint32_t* r, const void* row, HERE) {
 }
 // Lane l holds, of A (16 x 16), two numbers each of rows l / 4 and l / 4 + 8, at columns 2 (l % 4) and 8 further; of B
 // (16 x 8) those of column l / 4 at such rows; of C (16 x 8) columns 2 (l % 4) and 1 further of the two rows.
-PTX void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, HERE) {
+template <class T> PTX void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, HERE) {
     uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     const unsigned char* all = emulator::wait_for_warp(~0u, mine, sizeof mine, "mma", at);
     auto number = [all](int lane, int word, int which) {
-        return (float)emulator::from_memory<__half>(all + lane * emulator::WIDEST + word * 4 + which * 2);
+        return (float)emulator::from_memory<T>(all + lane * emulator::WIDEST + word * 4 + which * 2);
     };
     const int group = emulator::lane() / 4, pair = emulator::lane() % 4;
     for (int e = 0; e < 4; e++) {

@@ -1,4 +1,4 @@
-// The type that a kernel's arrays are of: `real`, float unless it is compiled with -DREAL=half or -DREAL=double.
+// The type that a kernel's arrays are of: `real`, which -DREAL names: half, __nv_bfloat16, double, else float.
 //
 // What is summed up is summed up in `sum`: float, and double for double.
 #pragma once

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..narrow import HALVES
+
 FOLDER = Path(__file__).resolve().parent
 KERNEL = re.compile(
     r"(?://\s*at most (?P<registers>\d+) registers, (?P<shared>[\d,]+) bytes of shared memory\s*\n)?"
@@ -30,18 +32,19 @@ TARGET = re.compile(r"^// for (sm_\w+)$", re.M)
 MACRO = re.compile(r"^#define (\w+) +([\w\s()+*/-]+?)\s*(?://.*)?$", re.M)  # a number, or made of other macros
 
 # What a pointer may point to, and which numbers may be given where C++ has a number.
-ARRAYS = {
+ARRAYS: dict[str, Any] = {
     "float": np.float32,
     "double": np.float64,
-    "half": np.float16,
+    **{half.cuda: dtype for dtype, half in HALVES.items()},
     "__half": np.float16,
     "int": np.int32,
     "long long": np.int64,
     "unsigned": np.uint32,
     "unsigned char": np.uint8,
 }
-NUMBERS = {name: kind for name, kind in ARRAYS.items() if "half" not in name}
+NUMBERS = {name: kind for name, kind in ARRAYS.items() if kind not in HALVES}
 REAL = "real"  # the type that -DREAL names (real.cuh), float without it
+NARROW = "narrow"  # the type of 16 bits that -DNARROW names (narrow.cuh), half without it
 SUM = "sum"  # the type that it is summed up in: float, and double for double
 
 
@@ -126,7 +129,7 @@ def _parameter(word: str, file: str) -> Parameter:
     pointer, many = "*" in kind, kind.count("*") == 2
     constant = pointer and "const" in kind[: kind.index("*")]
     plain = " ".join(w for w in kind if w not in ("const", "*"))
-    if plain not in (ARRAYS if pointer else NUMBERS) and not (pointer and plain in (REAL, SUM)):
+    if plain not in (ARRAYS if pointer else NUMBERS) and not (pointer and plain in (REAL, SUM, NARROW)):
         raise ValueError(f"{file}: a kernel's parameter `{' '.join(words)}`: expected one of {', '.join(ARRAYS)}")
     return Parameter(name, plain, pointer, constant, many)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..kernels.cuda.upload import Uploads
 from ..kernels.dispatch import Switch, span
+from ..kernels.narrow import is_float
 from .augment import Augment, load_batch
 from .datasets import DataError, Split
 from .resident import resident_or_none
@@ -90,7 +91,7 @@ class Loader:
             raise DataError(
                 f"{where}: a batch of {batch_size} is larger than the {n} images; lower --batch-size to {n} at most"
             )
-        if np.dtype(dtype).kind != "f":
+        if not is_float(np.dtype(dtype)):
             raise DataError(f"{where}: dtype {np.dtype(dtype)}, expected a floating-point one for normalised images")
         if augment is not None:
             augment.check(split.images)

@@ -13,6 +13,7 @@ from ..kernels.dispatch import xp_of
 from ..kernels.elementwise import add_bias, as_rows, bias_grad
 from ..kernels.half import cast as cast_kernel
 from ..kernels.matmul import matmul as matmul_kernel
+from ..kernels.narrow import HALVES, is_float
 from ..tensor import Op, Tensor, as_tensor
 from .cast_together import made_of
 from .fuse import back_through_epilogue, fuse, one_by_one
@@ -66,13 +67,18 @@ class Pow(Op):
     def forward(self, a, *, exponent):
         self.exponent = exponent
         self.save(a)
-        return a**exponent
+        return a ** _beside(a, exponent)
 
     def backward(self, gy):
         (a,) = self.saved
         if self.exponent == 0:  # 0 times a to the -1 would be NaN where a is 0
             return xp_of(gy).zeros_like(gy)
-        return gy * (self.exponent * a ** (self.exponent - 1))
+        return gy * (_beside(a, self.exponent) * a ** _beside(a, self.exponent - 1))
+
+
+def _beside(a, number):
+    """A number in the dtype of an array, as NumPy takes it by itself, but for bfloat16."""
+    return a.dtype.type(number) if a.dtype in HALVES else number
 
 
 class Exp(Op):
@@ -186,7 +192,7 @@ def _is_basic(index: Any) -> bool:
 class Sum(Op):
     def forward(self, a, *, axis, keepdims):
         self.shape, self.axis, self.keepdims = a.shape, axis, keepdims
-        wide = np.float32 if a.dtype == np.float16 else None  # a long sum in float16 stops growing at 2048 ones
+        wide = np.float32 if a.dtype in HALVES else None  # a long sum in float16 stops growing at 2048 ones
         return cast_kernel(xp_of(a).asarray(a.sum(axis=axis, keepdims=keepdims, dtype=wide)), a.dtype)
 
     def backward(self, gy):
@@ -254,9 +260,9 @@ class Cast(Op):
 
 def need_floats(name: str, x: Tensor) -> None:
     """Raise TypeError on anything but floating-point numbers: weights in the dtype of uint8 images would all be 0."""
-    if x.dtype.kind != "f":
+    if not is_float(x.dtype):
         raise TypeError(
-            f"{name} of dtype {x.dtype}: expected float16, float32 or float64; normalise images first "
+            f"{name} of dtype {x.dtype}: expected float16, bfloat16, float32 or float64; normalise images first "
             "(nanocnn.data.Loader does)"
         )
 
@@ -296,8 +302,8 @@ def pad(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
 def cast(x: Tensor, dtype: Any) -> Tensor:
     """`x` in another floating-point dtype; the gradient comes back in x's own. Raises TypeError on other dtypes."""
     dtype = np.dtype(dtype)
-    if dtype.kind != "f":
-        raise TypeError(f"cast to {dtype}: expected a floating-point dtype: float16, float32 or float64")
+    if not is_float(dtype):
+        raise TypeError(f"cast to {dtype}: expected a floating-point dtype: float16, bfloat16, float32 or float64")
     return x if x.dtype == dtype else Cast.apply(x, dtype=dtype, made=made_of(x, dtype))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..kernels import softmax as kernels
 from ..kernels.dispatch import aside, device_of, to_device, xp_of
+from ..kernels.narrow import HALVES
 from ..tensor import Op, Tensor
 from .basic import cast
 
@@ -118,8 +119,8 @@ def _as_int64(labels: Any) -> Any:
 
 
 def _not_half(x: Tensor) -> Tensor:
-    """A loss is computed in float32, and its gradient rounded to the float16 of what it was computed from."""
-    return cast(x, np.float32) if x.dtype == np.float16 else x
+    """A loss is computed in float32, and its gradient rounded to the halves that it was computed from."""
+    return cast(x, np.float32) if x.dtype in HALVES else x
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
@@ -136,8 +137,8 @@ def cross_entropy(logits: Tensor, labels: Any, label_smoothing: float = 0.0, red
     """(N, C), integers (N,) -> the mean of -sum(t log_softmax(logits)) over the batch, its "sum", or (N,) for "none".
 
     The target t is 1 - label_smoothing at the label, plus label_smoothing / C everywhere (Szegedy et al. 2016). A NaN
-    in a row makes its loss NaN. An empty batch has the sum 0. Of float16 logits the loss is float32. Raises ValueError
-    on labels that are not integers, not one for each row, or no class.
+    in a row makes its loss NaN. An empty batch has the sum 0. Of logits in half precision the loss is float32. Raises
+    ValueError on labels that are not integers, not one for each row, or no class.
     """
     logits, labels = _not_half(logits), _check_labels(logits, labels)
     _check_reduction("cross_entropy", reduction, len(labels))

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..buckets import Bucket
 from ..kernels.dispatch import device_of, to_device
+from ..kernels.narrow import is_float
 from .comm import Comm
 
 
@@ -41,7 +42,7 @@ def average_buffers(buffers: Iterable[tuple[str, Any]], comm: Comm, samples: flo
         return sum(a.astype(np.float64) * (n / sum(seen)) for a, n in zip(arrays, seen, strict=True))  # type: ignore
 
     for name, array in own.items():  # each rank does the same sums in the same order: the same bits everywhere
-        if array.dtype.kind != "f":
+        if not is_float(array.dtype):
             _write(mine[name], states[0][name])
             continue
         average = mean(state[name] for state in states)

@@ -113,7 +113,7 @@ def summable(array: Any) -> np.ndarray:
     kind, size = numpy_array(array).dtype.kind, array.dtype.itemsize
     if kind not in "iufc" or (kind == "f" and not 4 <= size <= 8):
         raise TypeError(
-            f"cannot sum {array.dtype} over ranks: use integers (for bool too), float32 (for float16) or float64"
+            f"cannot sum {array.dtype} over ranks: use integers (for bool too), float32 (for halves, too) or float64"
         )
     return array
 

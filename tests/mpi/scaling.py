@@ -8,6 +8,7 @@ import numpy as np
 import nanocnn as nc
 from nanocnn import nn
 from nanocnn.data import Batch
+from nanocnn.kernels.narrow import BFLOAT16
 from nanocnn.parallel import GradientAverager, connect
 from nanocnn.precision import LossScaler, NonFiniteGradient
 from nanocnn.train import NonFiniteLoss, train_step
@@ -55,5 +56,14 @@ for factor, kind in ((3e3, NonFiniteGradient), (6e5, NonFiniteLoss)):
 assert len(errors) == 2, errors
 assert f"on rank {comm.size - 1} is layer '3' (Linear): gradient of its parameters has" in errors[0], errors
 assert f"on rank {comm.size - 1} is layer '0' (Flatten): input has" in errors[1], errors
+
+# In bfloat16 a gradient as large is in range: the step is taken without a scale, by all ranks alike.
+if BFLOAT16 is not None:
+    before = weights()
+    with nc.using(precision="bf16"):
+        train_step(model, batch(3e3, 10), optimizer, 1e-6, averager)
+    assert np.isfinite(weights()).all()
+    assert (weights() != before).any()
+    assert set(comm.all_gather_object(weights().tobytes())) == {weights().tobytes()}
 if comm.rank == 0:
     Path(sys.argv[1]).write_text("all alike")
