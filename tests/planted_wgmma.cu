@@ -21,7 +21,7 @@ extern "C" __global__ void one_product(const half* image, float* c, int count, l
         wgmma<128>(sum, begin + a, begin + b);  // HERE
     if (mistake != NO_COMMIT) wgmma_commit();
     if (mistake == TOUCHED) sum[5] += 1;
-    if (mistake == OVERWRITTEN) store2(tiles + t * 2, __floats2half2_rn(0, 0));
+    if (mistake == OVERWRITTEN) store2(tiles + t * 2, make_float2(0, 0));
     if (mistake == COPIED_OVER) cp_async16(tiles + t * 8, image, true);
     if (mistake != TOO_EARLY && mistake != NO_WAIT) wgmma_wait<0>();  // TOUCHED
     wgmma_done(sum);
