@@ -119,9 +119,8 @@ def test_cuda_variant_equals_reference(primitive, variant):
 
 
 OTHER_HALVES = [dtype.type for dtype in HALVES if dtype not in map(np.dtype, CUDA_DTYPES)]  # bfloat16
-# Whose kernels are of float, or of float16 alone, or add up in memory, where halves would be added up as halves.
+# Whose kernels are of float, or add up in memory, where halves would be added up as halves.
 NOT_OF_THEM = {
-    ("matmul", "cuda_wgmma"),
     *(("matmul", f"cuda_{name}") for name in ("naive", "coalesced", "tiled", "registers", "vectorised")),
     *((f"conv2d{name}", "cuda_vectorised") for name in ("", "_grad_x", "_grad_w")),
     *((f"conv2d{name}", f"cuda_winograd{n}") for name in ("", "_grad_x") for n in (2, 4)),

@@ -21,7 +21,14 @@ constexpr unsigned WINDOW = 1 << 18;   // bytes that a descriptor reaches
 constexpr uint32_t IN_FLIGHT = 0x7f80dead;  // a signalling NaN: whatever is computed of it has other bits
 
 struct Sums { float* registers; std::vector<float> values; unsigned products; };
-struct Product { float* sum; unsigned columns; uint64_t a, b; unsigned group; Place at; };
+struct Product {
+    float* sum;
+    unsigned columns;
+    uint64_t a, b;
+    float (*number_at)(const void*);  // of the type that is multiplied
+    unsigned group;
+    Place at;
+};
 struct Worker {  // a thread
     std::vector<Sums> sums;
     std::vector<Product> products;
@@ -69,10 +76,6 @@ static const unsigned char* at_address(unsigned address, Place at) {
     return dynamic_shared + (address - FIRST);
 }
 
-static float number(uint64_t descriptor, bool k_major, unsigned mn, unsigned k, Place at) {
-    return (float)from_memory<__half>(at_address(place_of(descriptor, k_major, mn, k), at));
-}
-
 // ------------------------------------------------------------------ what shared memory is used for
 
 void written(const void* p, size_t bytes) {
@@ -116,9 +119,10 @@ template <class F> static void each_piece(const Product& p, F f) {
 void fence_sums() { flying.workers[thread.number].fenced = true; }
 void commit_products() { flying.workers[thread.number].group++; }
 
-void multiply_later(float* sum, unsigned columns, uint64_t a, uint64_t b, Place at, void* pc) {
+void multiply_later(float* sum, unsigned columns, uint64_t a, uint64_t b, float (*number_at)(const void*), Place at,
+                    void* pc) {
     Worker& me = flying.workers[thread.number];
-    const Product p = {sum, columns, a, b, me.group, at};
+    const Product p = {sum, columns, a, b, number_at, me.group, at};
     if (block_size.x * block_size.y * block_size.z % WARPGROUP) fail(at, "wgmma in a block of no whole warpgroups");
     if ((a >> 49 | b >> 49) & 7) fail(at, "wgmma with a matrix base offset, which the emulator does not know");
     auto known = std::find_if(me.sums.begin(), me.sums.end(), [sum](const Sums& s) { return s.registers == sum; });
@@ -142,13 +146,20 @@ void multiply_later(float* sum, unsigned columns, uint64_t a, uint64_t b, Place 
     me.issued = (me.issued + a) * 31 + b;
 }
 
+static float number_of_a(const Product& p, unsigned row, unsigned k) {
+    return p.number_at(at_address(place_of(p.a, true, row, k), p.at));
+}
+static float number_of_b(const Product& p, unsigned k, unsigned column) {
+    return p.number_at(at_address(place_of(p.b, false, column, k), p.at));
+}
+
 static void compute(const Product& p, std::vector<float>& sum) {
     const unsigned row = thread.number % WARPGROUP / 32 * 16 + lane() / 4;
     float of_a[2][DEPTH], of_b[DEPTH];
     for (unsigned k = 0; k < DEPTH; k++)
-        for (unsigned h = 0; h < 2; h++) of_a[h][k] = number(p.a, true, row + h * 8, k, p.at);
+        for (unsigned h = 0; h < 2; h++) of_a[h][k] = number_of_a(p, row + h * 8, k);
     for (unsigned i = 0; i < p.columns / 4; i++) {  // two columns of each eight
-        for (unsigned k = 0; k < DEPTH; k++) of_b[k] = number(p.b, false, i / 2 * 8 + lane() % 4 * 2 + i % 2, k, p.at);
+        for (unsigned k = 0; k < DEPTH; k++) of_b[k] = number_of_b(p, k, i / 2 * 8 + lane() % 4 * 2 + i % 2);
         for (unsigned h = 0; h < 2; h++) {
             float product = 0;
             for (unsigned k = 0; k < DEPTH; k++) product += of_a[h][k] * of_b[k];

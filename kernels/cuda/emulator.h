@@ -120,7 +120,8 @@ void finish_copies(unsigned keep);
 unsigned shared_address(const void* p);
 void fence_proxy();
 void fence_sums();
-void multiply_later(float* sum, unsigned columns, uint64_t a, uint64_t b, Place at, void* pc);
+void multiply_later(float* sum, unsigned columns, uint64_t a, uint64_t b, float (*number_at)(const void*), Place at,
+                    void* pc);
 void commit_products();
 void finish_products(unsigned keep, Place at);
 #ifdef WATCHED  // what g++ does not see as a load or a store of the kernel, at the instruction `pc`

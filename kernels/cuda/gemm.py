@@ -141,7 +141,7 @@ def matmul_cuda_tensor(a, b, out=None, **epilogue):
 
 
 def _by_warpgroups(a, b, out=None, **epilogue):
-    return a.dtype == np.float16 and _eights(a, b, out, **epilogue) and has_warpgroups(a)
+    return _eights(a, b, out, **epilogue) and has_warpgroups(a)
 
 
 @matmul.variant("cuda_wgmma", device="cuda", supports=_by_warpgroups, auto=False)

@@ -1,4 +1,4 @@
-// The matrix product by warpgroups (Hopper): C (m x n) = A (m x k) B (k x n), fp16, row by row, sums in fp32.
+// The matrix product by warpgroups (Hopper): C (m x n) = A (m x k) B (k x n), fp16 or bf16, sums in fp32.
 // for sm_90a
 //
 // `wgmma` takes both matrices from shared memory and is asynchronous: no thread loads what it multiplies, and while the
@@ -8,6 +8,7 @@
 // Tiles come by cp.async, and not by Hopper's copy engine (TMA). That would spare each thread a dozen copies for 64
 // numbers of depth, which the tensor cores' work is meant to hide; but it takes a tensor map, which only the driver can
 // make. Here the swizzle and the zeros past the edges are in sight, and all of it runs in the emulator.
+#include "narrow.cuh"
 #include "wgmma.cuh"
 
 #ifndef STAGES
@@ -27,10 +28,10 @@
 // k and n are multiples of 8: 16 bytes are copied at once.
 // at most 168 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
-gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
+gemm_wgmma(const narrow* a, const narrow* b, narrow* c, int m, int n, int k) {
     DYNAMIC_SHARED(unsigned char, raw);
-    half* const tiles_a = reinterpret_cast<half*>(raw + (-shared_address(raw) & (ALIGNED - 1)));
-    half* const tiles_b = tiles_a + STAGES * TILE_A;
+    narrow* const tiles_a = reinterpret_cast<narrow*>(raw + (-shared_address(raw) & (ALIGNED - 1)));
+    narrow* const tiles_b = tiles_a + STAGES * TILE_A;
     const int t = threadIdx.x, lane = t % 32, warp = t / 32, group = t / 128;
     const int row = blockIdx.y * BLOCK_M, column = blockIdx.x * BLOCK_N;
     float sum[BLOCK_N / 2] = {};
@@ -38,12 +39,12 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
     // Each thread brings one piece of 16 bytes after the other, of rows that lie a multiple of 8 apart: its place in
     // the swizzle stays the same, and a step further on all is BLOCK_K numbers deeper.
     const int r = t / 8, s = t % (BLOCK_N / 8) * 8, d = t / (BLOCK_N / 8);
-    const half* from_a = a + (size_t)(row + r) * k + t % 8 * 8;
-    const half* from_b = b + (size_t)d * n + column + s;
+    const narrow* from_a = a + (size_t)(row + r) * k + t % 8 * 8;
+    const narrow* from_b = b + (size_t)d * n + column + s;
     int deep = 0;
     auto fetch = [&](int stage) {
-        half* const to_a = tiles_a + stage * TILE_A + swizzled(r, t % 8);
-        half* const to_b = tiles_b + stage * TILE_B + s / 64 * BLOCK_K * 64 + swizzled(d, s / 8 % 8);
+        narrow* const to_a = tiles_a + stage * TILE_A + swizzled(r, t % 8);
+        narrow* const to_b = tiles_b + stage * TILE_B + s / 64 * BLOCK_K * 64 + swizzled(d, s / 8 % 8);
 #pragma unroll
         for (int i = 0; i < BLOCK_M; i += THREADS / 8) {
             const bool inside = row + r + i < m && deep + t % 8 * 8 < k;
@@ -68,12 +69,12 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
         cp_wait<STAGES - 3>();
         fence_proxy_async();
         __syncthreads();  // all have their part of this step's tiles; and all products are done but the last step's
-        const half* const tile_a = tiles_a + step % STAGES * TILE_A + group * 64 * BLOCK_K;
-        const half* const tile_b = tiles_b + step % STAGES * TILE_B;
+        const narrow* const tile_a = tiles_a + step % STAGES * TILE_A + group * 64 * BLOCK_K;
+        const narrow* const tile_b = tiles_b + step % STAGES * TILE_B;
         wgmma_fence();
 #pragma unroll
         for (int d = 0; d < BLOCK_K; d += 16)  // 32 bytes along each row of A, 16 rows of B
-            wgmma<BLOCK_N>(sum, swizzled_128b(tile_a + d, 0, 8 * 128),
+            wgmma<BLOCK_N, narrow>(sum, swizzled_128b(tile_a + d, 0, 8 * 128),
                            swizzled_128b(tile_b + d * 64, BLOCK_K * 128, 8 * 128));
         wgmma_commit();
         if (step + STAGES - 2 < steps) fetch((step + STAGES - 2) % STAGES);
@@ -83,7 +84,7 @@ gemm_wgmma(const half* a, const half* b, half* c, int m, int n, int k) {
     wgmma_wait<0>();
     wgmma_done(sum);
     __syncthreads();  // nobody reads the tiles any more: through their place, C leaves in whole sectors
-    half* const mine = tiles_a + warp * 16 * PITCH_C;
+    narrow* const mine = tiles_a + warp * 16 * PITCH_C;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; i += 2)  // each warp has 16 rows, as mma_16x8x16 hands them to its lanes
         store2(mine + (lane / 4 + i / 2 % 2 * 8) * PITCH_C + i / 4 * 8 + lane % 4 * 2,

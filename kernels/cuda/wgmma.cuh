@@ -10,7 +10,9 @@
 #ifdef __CUDACC__
 
 // 16 bytes, by way of registers. (No PTX; as in ptx.cuh.)
-PTX void copy16(half* to, const half* from) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); }
+template <class T> PTX void copy16(T* to, const T* from) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
 
 #define SUMS_0_63 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
@@ -37,19 +39,26 @@ template <int KEEP> PTX void wgmma_wait() {
 
 // `sum` (64 x N) += A (64 x 16) B (16 x N), which lie in shared memory as their descriptors say; what follows these is:
 // add to the sums, neither matrix negated, A along the depth (K-major), B along its columns (MN-major).
-template <int N> PTX void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b) {
+#define WGMMA_128(name)                                                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" SUMS_0_63 "}, %64, %65, "          \
+                 "1, 1, 1, 0, 1;\n"                                                                                   \
+                 : IN_OUT_64(sum, 0)                                                                                  \
+                 : "l"(a), "l"(b)                                                                                     \
+                 : "memory")
+#define WGMMA_256(name)                                                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." name "." name " {" SUMS_0_63 ", " SUMS_64_127 "}, "   \
+                 "%128, %129, 1, 1, 1, 0, 1;\n"                                                                       \
+                 : IN_OUT_64(sum, 0), IN_OUT_64(sum, 64)                                                              \
+                 : "l"(a), "l"(b)                                                                                     \
+                 : "memory")
+template <class T> constexpr bool IS_BFLOAT16 = false;
+template <> constexpr bool IS_BFLOAT16<__nv_bfloat16> = true;
+template <int N, class T = half> PTX void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b) {
     static_assert(N == 128 || N == 256, "the columns of B for which the instruction is written out here");
-    if constexpr (N == 128)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" SUMS_0_63 "}, %64, %65, 1, 1, 1, 0, 1;\n"
-                     : IN_OUT_64(sum, 0)
-                     : "l"(a), "l"(b)
-                     : "memory");
-    else
-        asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" SUMS_0_63 ", " SUMS_64_127
-                     "}, %128, %129, 1, 1, 1, 0, 1;\n"
-                     : IN_OUT_64(sum, 0), IN_OUT_64(sum, 64)
-                     : "l"(a), "l"(b)
-                     : "memory");
+    if constexpr (N == 128 && IS_BFLOAT16<T>) WGMMA_128("bf16");
+    else if constexpr (N == 128) WGMMA_128("f16");
+    else if constexpr (IS_BFLOAT16<T>) WGMMA_256("bf16");
+    else WGMMA_256("f16");
 }
 
 // All have waited. The compiler does not know that the sums are made only then: this keeps what reads them behind it.
@@ -60,7 +69,7 @@ template <int COUNT> PTX void wgmma_done(float (&sum)[COUNT]) {
 
 #else
 
-PTX void copy16(half* to, const half* from) {
+template <class T> PTX void copy16(T* to, const T* from) {
     emulator::watch(from, 16, false, __builtin_return_address(0));
     emulator::watch(to, 16, true, __builtin_return_address(0));
     std::memcpy(to, from, 16);
@@ -70,8 +79,9 @@ PTX void fence_proxy_async() { emulator::fence_proxy(); }
 PTX void wgmma_fence() { emulator::fence_sums(); }
 PTX void wgmma_commit() { emulator::commit_products(); }
 template <int KEEP> PTX void wgmma_wait(HERE) { emulator::finish_products(KEEP, at); }
-template <int N> PTX void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, HERE) {
-    emulator::multiply_later(sum, N, a, b, at, __builtin_return_address(0));
+template <class T> EMULATOR float number_at(const void* p) { return (float)emulator::from_memory<T>(p); }
+template <int N, class T = half> PTX void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, HERE) {
+    emulator::multiply_later(sum, N, a, b, number_at<T>, at, __builtin_return_address(0));
 }
 template <int COUNT> PTX void wgmma_done(float (&)[COUNT]) {}
 #endif
@@ -82,7 +92,7 @@ template <int COUNT> PTX void wgmma_done(float (&)[COUNT]) {}
 // the next 64 columns of an MN-major matrix, in which a row is 64 columns at one depth (K-major: not used). After the
 // manual's section on matrix descriptors; CUTLASS (mma_sm90_desc.hpp, mma_traits_sm90_gmma.hpp), ThunderKittens and
 // DeepGEMM fill them in the same way.
-PTX uint64_t swizzled_128b(const half* begin, unsigned leading, unsigned stride) {
+PTX uint64_t swizzled_128b(const void* begin, unsigned leading, unsigned stride) {
     return 1ull << 62 | (uint64_t)(stride >> 4) << 32 | (uint64_t)(leading >> 4) << 16 | shared_address(begin) >> 4;
 }
 // Where piece number `piece` of a row lies: its place in numbers from the beginning of the tile.
