@@ -6,11 +6,12 @@ With the columns in hand, a convolution is one GEMM. The price is memory: a 3x3 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .dispatch import Primitive, xp_of
 from .half import in_float32
 from .memory import contiguous, empty
+from .parallel_for import parallel_for
 
 
 def output_size(size, kernel, stride, padding, dilation):
@@ -68,15 +69,19 @@ def im2col_into(cols, x, kernel, stride, padding, dilation):
     _im2col(contiguous(x), cols.reshape(n, oh, ow, *kernel, x.shape[3]), *stride, *padding, *dilation)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _im2col(x, cols, sh, sw, ph, pw, dh, dw):
-    n, oh, ow, kh, kw, _ = cols.shape
-    for row in prange(n * oh):
-        image, top = row // oh, row % oh * sh - ph
-        for q in range(ow):
-            for i in range(kh):
-                for j in range(kw):
-                    _copy_pixel(x[image], top + i * dh, q * sw - pw + j * dw, cols[image, row % oh, q, i, j])
+    parallel_for(cols.shape[0] * cols.shape[1], _row, (x, cols, sh, sw, ph, pw, dh, dw))
+
+
+@njit(cache=True)
+def _row(row, x, cols, sh, sw, ph, pw, dh, dw):
+    _, oh, ow, kh, kw, _ = cols.shape
+    image, top = row // oh, row % oh * sh - ph
+    for q in range(ow):
+        for i in range(kh):
+            for j in range(kw):
+                _copy_pixel(x[image], top + i * dh, q * sw - pw + j * dw, cols[image, row % oh, q, i, j])
 
 
 @njit(inline="always")
@@ -125,24 +130,28 @@ def col2im_into(x, cols, kernel, stride, padding, dilation):
     _col2im(cols, x, *stride, *padding, *dilation)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _col2im(cols, x, sh, sw, ph, pw, dh, dw):
-    n, h, w, channels = x.shape
+    parallel_for(x.shape[0] * x.shape[1], _row_back, (cols, x, sh, sw, ph, pw, dh, dw))
+
+
+@njit(cache=True)
+def _row_back(row, cols, x, sh, sw, ph, pw, dh, dw):
+    _, h, w, channels = x.shape
     _, oh, ow, kh, kw, _ = cols.shape
-    for row in prange(n * h):
-        image, r = row // h, row % h
-        for s in range(w):
-            out = x[image, r, s]
-            for c in range(channels):
-                out[c] = 0
-            for i in range(kh):
-                p, off_row = divmod(r + ph - i * dh, sh)
-                if off_row != 0 or p < 0 or p >= oh:
-                    continue
-                for j in range(kw):
-                    q, off_column = divmod(s + pw - j * dw, sw)
-                    if off_column == 0 and 0 <= q < ow:
-                        _add_pixel(out, cols[image, p, q, i, j])
+    image, r = row // h, row % h
+    for s in range(w):
+        out = x[image, r, s]
+        for c in range(channels):
+            out[c] = 0
+        for i in range(kh):
+            p, off_row = divmod(r + ph - i * dh, sh)
+            if off_row != 0 or p < 0 or p >= oh:
+                continue
+            for j in range(kw):
+                q, off_column = divmod(s + pw - j * dw, sw)
+                if off_column == 0 and 0 <= q < ow:
+                    _add_pixel(out, cols[image, p, q, i, j])
 
 
 @njit(inline="always")
