@@ -66,10 +66,23 @@ def _define(task, context, function, called, layout):
     failed, *given = cgutils.unpack_tuple(builder, builder.load(builder.bitcast(data, layout.as_pointer())))
     overload = function.dispatcher.overloads[called.args]
     context.add_linking_libs([overload.library])
+    given = [_borrowed(context, builder, *pair) for pair in zip(called.args[1:], given, strict=True)]
     status, _ = context.call_internal_no_propagate(builder, overload.fndesc, called, [worker, *given])
     with cgutils.if_unlikely(builder, status.is_error):
         builder.store(INT(1), failed)
     builder.ret_void()
+
+
+def _borrowed(context, builder, kind, value):
+    """Arrays as nobody's: the kernel that waits keeps them alive, and threads need not count who else does."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = array.parent = ir.Constant(BYTES, None)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        parts = [_borrowed(context, builder, k, builder.extract_value(value, i)) for i, k in enumerate(kind.types)]
+        return context.make_tuple(builder, kind, parts)
+    return value
 
 
 def _launch(context, builder, task, count, place):
