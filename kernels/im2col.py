@@ -6,7 +6,7 @@ With the columns in hand, a convolution is one GEMM. The price is memory: a 3x3 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 from .dispatch import Primitive, xp_of
 from .half import in_float32
@@ -130,28 +130,24 @@ def col2im_into(x, cols, kernel, stride, padding, dilation):
     _col2im(cols, x, *stride, *padding, *dilation)
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _col2im(cols, x, sh, sw, ph, pw, dh, dw):
-    parallel_for(x.shape[0] * x.shape[1], _row_back, (cols, x, sh, sw, ph, pw, dh, dw))
-
-
-@njit(cache=True)
-def _row_back(row, cols, x, sh, sw, ph, pw, dh, dw):
-    _, h, w, channels = x.shape
+    n, h, w, channels = x.shape
     _, oh, ow, kh, kw, _ = cols.shape
-    image, r = row // h, row % h
-    for s in range(w):
-        out = x[image, r, s]
-        for c in range(channels):
-            out[c] = 0
-        for i in range(kh):
-            p, off_row = divmod(r + ph - i * dh, sh)
-            if off_row != 0 or p < 0 or p >= oh:
-                continue
-            for j in range(kw):
-                q, off_column = divmod(s + pw - j * dw, sw)
-                if off_column == 0 and 0 <= q < ow:
-                    _add_pixel(out, cols[image, p, q, i, j])
+    for row in prange(n * h):  # LLVM optimises it more than once (parallel_for.py): 13 % faster here
+        image, r = row // h, row % h
+        for s in range(w):
+            out = x[image, r, s]
+            for c in range(channels):
+                out[c] = 0
+            for i in range(kh):
+                p, off_row = divmod(r + ph - i * dh, sh)
+                if off_row != 0 or p < 0 or p >= oh:
+                    continue
+                for j in range(kw):
+                    q, off_column = divmod(s + pw - j * dw, sw)
+                    if off_column == 0 and 0 <= q < ow:
+                        _add_pixel(out, cols[image, p, q, i, j])
 
 
 @njit(inline="always")

@@ -6,13 +6,14 @@
 
 Of a loop with prange Numba makes a function, of that a ufunc, of that a wrapper, and at last the kernel; at each step
 LLVM optimises once more all that the loop calls, and writes machine code for it. Here the loop is one call in the
-kernel itself. It runs on Numba's threads as prange does, and meanwhile Python's lock is free.
+kernel itself. It runs on Numba's threads as prange does (threads.limit() has started them), and meanwhile Python's
+lock is free.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import get_num_threads, types
+from numba import types
 from numba.core import cgutils, errors
 from numba.extending import intrinsic
 
@@ -24,13 +25,15 @@ TASK = ir.FunctionType(ir.VoidType(), [BYTES.as_pointer(), INT.as_pointer(), INT
 def parallel_for(typing_context, count, function, arguments):
     """function(i, *arguments) for each i in range(count), spread over the threads that numba.set_num_threads allows.
 
-    `function` is an @njit function whose result is not wanted. Integers reach it as int64, literal or not, so that it
-    is compiled once. An exception in it becomes a RuntimeError here, after the loop.
+    `function` is an @njit function that returns nothing. Numbers reach it as numbers, literal or not, so that it is
+    compiled once. An exception in it becomes a RuntimeError here, after the loop.
     """
     if not isinstance(function, types.Dispatcher) or not isinstance(arguments, types.BaseTuple):
         raise errors.TypingError(f"parallel_for(count, an @njit function, (arguments)), not {function}, {arguments}")
     kinds = [_plain(kind) for kind in arguments.types]
     called = function.get_call_type(typing_context, (types.intp, *kinds), {})
+    if called.return_type != types.none:
+        raise errors.TypingError(f"a function for parallel_for returns nothing, this one {called.return_type}")
 
     def generate(context, builder, signature, values):
         given = [
@@ -44,7 +47,7 @@ def parallel_for(typing_context, count, function, arguments):
         _define(task, context, function, called, shared.type)
         _launch(context, builder, task, values[0], place)
         with cgutils.if_unlikely(builder, builder.icmp_signed("!=", builder.load(failed), INT(0))):
-            context.call_conv.return_user_exc(builder, RuntimeError, ("a worker of parallel_for has failed",))
+            context.call_conv.return_user_exc(builder, RuntimeError, ("a call by parallel_for has failed",))
         return context.get_dummy_value()
 
     return types.none(types.intp, function, arguments), generate
@@ -87,8 +90,6 @@ def _borrowed(context, builder, kind, value):
 
 def _launch(context, builder, task, count, place):
     """Call Numba's loop over threads, as its ufuncs do: one "array" that begins at address 0, of items of one byte."""
-    get_num_threads()  # starts them: before that, the symbols used below are not known
-    context.active_code_library._reload_init.add(get_num_threads)  # nor are they when the kernel comes from the disk
 
     def known(name, result, *arguments):
         return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
