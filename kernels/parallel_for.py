@@ -61,18 +61,20 @@ def _plain(kind):
 
 
 def _define(task, context, function, called, layout):
-    """The function that Numba's threads call: its first argument is the number of the worker, dressed as an address."""
+    """What Numba's threads call for a run of items: where the first one lies, how many they are, and what all read."""
     task.linkage = "internal"
     builder = ir.IRBuilder(task.append_basic_block())
-    places, _, _, data = task.args
-    worker = builder.ptrtoint(builder.load(places), INT)
+    places, counts, _, data = task.args
+    first, count = builder.ptrtoint(builder.load(places), INT), builder.load(counts)
     failed, *given = cgutils.unpack_tuple(builder, builder.load(builder.bitcast(data, layout.as_pointer())))
+    given = [_borrowed(context, builder, *pair) for pair in zip(called.args[1:], given, strict=True)]
     overload = function.dispatcher.overloads[called.args]
     context.add_linking_libs([overload.library])
-    given = [_borrowed(context, builder, *pair) for pair in zip(called.args[1:], given, strict=True)]
-    status, _ = context.call_internal_no_propagate(builder, overload.fndesc, called, [worker, *given])
-    with cgutils.if_unlikely(builder, status.is_error):
-        builder.store(INT(1), failed)
+    with cgutils.for_range(builder, count) as loop:
+        item = builder.add(first, loop.index)
+        status, _ = context.call_internal_no_propagate(builder, overload.fndesc, called, [item, *given])
+        with cgutils.if_unlikely(builder, status.is_error):
+            builder.store(INT(1), failed)
     builder.ret_void()
 
 
@@ -89,7 +91,8 @@ def _borrowed(context, builder, kind, value):
 
 
 def _launch(context, builder, task, count, place):
-    """Call Numba's loop over threads, as its ufuncs do: one "array" that begins at address 0, of items of one byte."""
+    """Call Numba's loop over threads, as its ufuncs do, with one "array": at address 0, of items of one byte, so that
+    an item's address is its number."""
 
     def known(name, result, *arguments):
         return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)

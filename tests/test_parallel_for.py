@@ -14,7 +14,6 @@ from numba import njit
 
 from nanocnn.kernels.parallel_for import parallel_for
 
-
 MOST = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
