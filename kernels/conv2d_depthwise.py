@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .conv2d import add_up, conv2d, conv2d_grad_w, conv2d_grad_x
@@ -30,6 +30,7 @@ from .dispatch import aside, plain_floats
 from .epilogue import finish
 from .im2col import output_shape
 from .memory import clear, contiguous, empty, into
+from .parallel_for import parallel_for
 from .simd import REGISTERS, distance, fma, lanes, load, minimum, splat, store, unrolled, zeros
 from .tile import clip, part
 
@@ -142,17 +143,15 @@ def _room(plan, workers):
 # ------------------------------------------------------------------ forward, and the gradient of the image
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _sweep(plan, x, w, y, bias, floor, residual, has_residual, blank, offsets, listed):
     """Every output, by workers over rows. `w` is (taps, C); `blank` is C zeros."""
-    workers = listed.shape[0]
-    for worker in prange(workers):
-        share = part(worker, workers, y.shape[0] * y.shape[1])
-        _sweep_rows(plan, x, w, y, bias, floor, residual, has_residual, blank, share, offsets[worker], listed[worker])
+    parallel_for(len(listed), _sweep_rows, (plan, x, w, y, bias, floor, residual, has_residual, blank, offsets, listed))
 
 
 @njit(cache=True)
-def _sweep_rows(plan, x, w, y, bias, floor, residual, has_residual, blank, share, offsets, listed):
+def _sweep_rows(worker, plan, x, w, y, bias, floor, residual, has_residual, blank, all_offsets, lists):
+    share, offsets, listed = part(worker, len(lists), y.shape[0] * y.shape[1]), all_offsets[worker], lists[worker]
     n, c, low, outside = lanes(x), x.shape[3], splat(floor, y), distance(x, blank)
     kind, across = plan.taps * 10 + plan.step, plan.gap * c
     _list_columns(plan, c, offsets)
@@ -253,18 +252,17 @@ def _run(plan, x, w, y, bias=None, residual=None, relu=False):
 # ------------------------------------------------------------------ the gradient of the weights
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _gather(plan, x, gy, u, blank, offsets, listed):
     """Each worker sums its share of the rows of gy into u[worker, 0] (taps, C), by way of u[worker, 1]."""
-    workers = listed.shape[0]
-    for worker in prange(workers):
-        share = part(worker, workers, gy.shape[0] * gy.shape[1])
-        u[worker] = 0
-        _gather_rows(plan, x, gy, u[worker, 0], u[worker, 1], blank, share, offsets[worker], listed[worker])
+    parallel_for(len(listed), _gather_rows, (plan, x, gy, u, blank, offsets, listed))
 
 
 @njit(cache=True)
-def _gather_rows(plan, x, gy, total, u, blank, share, offsets, listed):
+def _gather_rows(worker, plan, x, gy, all_u, blank, all_offsets, lists):
+    share, offsets, listed = part(worker, len(lists), gy.shape[0] * gy.shape[1]), all_offsets[worker], lists[worker]
+    all_u[worker] = 0
+    total, u = all_u[worker, 0], all_u[worker, 1]
     n, c, outside = lanes(x), x.shape[3], distance(x, blank)
     kind, across = plan.taps * 10 + plan.step, plan.gap * c
     _list_columns(plan, c, offsets)

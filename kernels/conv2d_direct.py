@@ -19,7 +19,7 @@ from __future__ import annotations
 import operator
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .caches import L2
@@ -30,6 +30,7 @@ from .epilogue import finish, padded_bias
 from .im2col import output_shape
 from .memory import clear, contiguous, empty, into, scratch
 from .pack import panels_of, swap_channels
+from .parallel_for import parallel_for
 from .simd import distance, lanes, load, minimum, splat, store, unrolled
 from .tile import (
     ROWS,
@@ -111,7 +112,7 @@ def _gather(x, table, runs, taps, first, c, columns, at):
 # ------------------------------------------------------------------ forward, and the gradient of the image
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _convolve(
     x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, by_panels,
     taps_first, block, work, tables,
@@ -122,26 +123,28 @@ def _convolve(
     """
     rows = (y.shape[1] - y_first[0] + y_step[0] - 1) // y_step[0]
     columns = (y.shape[2] - y_first[1] + y_step[1] - 1) // y_step[1]
-    workers, positions = work.shape[0], y.shape[0] * rows * columns
-    panels = (y.shape[3] // groups + panel(y) - 1) // panel(y)
-    for worker in prange(workers):
-        _convolve_share(
-            x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step,
-            (rows, columns), (0, positions) if by_panels else part(worker, workers, positions),
-            part(worker, workers, panels) if by_panels else (0, panels), taps_first, block, work[worker],
-            tables[worker],
-        )  # fmt: skip
+    parallel_for(
+        len(work), _convolve_share,
+        (x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step,
+         (rows, columns), by_panels, taps_first, block, work, tables),
+    )  # fmt: skip
 
 
 @njit(cache=True)
 def _convolve_share(
-    x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, across, share,
-    of_worker, taps_first, block, work, table,
+    worker, x, w, groups, depth, packed, y, bias, floor, residual, has_residual, taps, step, y_first, y_step, across,
+    by_panels, taps_first, block, works, tables,
 ):  # fmt: skip
+    workers, work, table = len(works), works[worker], tables[worker]
     number = taps[0].size * taps[1].size
     channels, o = depth // max(1, number), y.shape[3] // groups
     width, low = panel(y), splat(floor, y)
     panels = (o + width - 1) // width
+    share, of_worker = (0, y.shape[0] * across[0] * across[1]), (0, panels)
+    if by_panels:
+        of_worker = part(worker, workers, panels)
+    else:
+        share = part(worker, workers, share[1])
     image, out = (x.shape[1], x.shape[2], x.shape[3]), (y.shape[1], y.shape[2], y.shape[3])
     zero_tap = np.zeros(1, np.int64)
     source = x.reshape(x.size)
@@ -305,19 +308,16 @@ def _taps_of_class(r, stride, padding, dilation, kernel):
 # ------------------------------------------------------------------ the gradient of the weights
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _gather_grad(x, gy, u, taps, step, block, work, tables):
     """Each worker sums its share of the positions into (groups, taps C, O rounded up) of its own."""
-    workers = work.shape[0]
-    for worker in prange(workers):
-        _grad_w_share(
-            x, gy, u[worker], taps, step, part(worker, workers, gy.shape[0] * gy.shape[1] * gy.shape[2]), block,
-            work[worker], tables[worker],
-        )  # fmt: skip
+    parallel_for(len(work), _grad_w_share, (x, gy, u, taps, step, block, work, tables))
 
 
 @njit(cache=True)
-def _grad_w_share(x, gy, u, taps, step, share, block, work, table):
+def _grad_w_share(worker, x, gy, all_u, taps, step, block, works, tables):
+    u, work, table = all_u[worker], works[worker], tables[worker]
+    share = part(worker, len(works), gy.shape[0] * gy.shape[1] * gy.shape[2])
     groups, depth, line = u.shape
     number = taps[0].size * taps[1].size
     channels, o = depth // number, gy.shape[3] // groups

@@ -13,7 +13,7 @@ its tile is eight numbers of the kernel.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .caches import L1
@@ -24,6 +24,7 @@ from .epilogue import finish, padded_bias
 from .im2col import output_shape
 from .memory import clear, contiguous, empty, into, scratch
 from .pack import panels_of
+from .parallel_for import parallel_for
 from .simd import lanes, load, minimum, prefetch, splat, store, unrolled
 from .tile import (
     ROWS,
@@ -80,15 +81,18 @@ def _copy_band(x, image, top, rows, padding, band):
 # ------------------------------------------------------------------ forward
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _forward(x, w, kernel, stride, padding, y, bias, floor, rows, work):
+    parallel_for(len(work), _forward_share, (x, w, kernel, stride, padding, y, bias, floor, rows, work))
+
+
+@njit(cache=True)
+def _forward_share(worker, x, w, kernel, stride, padding, y, bias, floor, rows, work):
     bands = (y.shape[1] + rows - 1) // rows
-    workers = work.shape[0]
-    for worker in prange(workers):
-        first, last = part(worker, workers, y.shape[0] * bands)
-        for number in range(first, last):
-            place = number // bands, number % bands * rows
-            _forward_band(x, w, kernel, stride, padding, y, bias, floor, place, rows, work[worker])
+    first, last = part(worker, len(work), y.shape[0] * bands)
+    for number in range(first, last):
+        place = number // bands, number % bands * rows
+        _forward_band(x, w, kernel, stride, padding, y, bias, floor, place, rows, work[worker])
 
 
 @njit(cache=True)
@@ -161,17 +165,20 @@ def _kernel_offsets(table, k, depth):
     return [table[minimum(k + r, depth - 1)] for r in range(ROWS)]
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _grad_w(x, gy, u, kernel, stride, padding, rows, table, work):
     """Each worker sums its share of the bands into (depth, O rounded up) of its own."""
+    parallel_for(len(work), _grad_w_share, (x, gy, u, kernel, stride, padding, rows, table, work))
+
+
+@njit(cache=True)
+def _grad_w_share(worker, x, gy, u, kernel, stride, padding, rows, table, work):
     bands = (gy.shape[1] + rows - 1) // rows
-    workers = work.shape[0]
-    for worker in prange(workers):
-        first, last = part(worker, workers, gy.shape[0] * bands)
-        u[worker] = 0
-        for number in range(first, last):
-            place = number // bands, number % bands * rows
-            _grad_w_band(x, gy, u[worker], kernel, stride, padding, place, rows, table, work[worker])
+    first, last = part(worker, len(work), gy.shape[0] * bands)
+    u[worker] = 0
+    for number in range(first, last):
+        place = number // bands, number % bands * rows
+        _grad_w_band(x, gy, u[worker], kernel, stride, padding, place, rows, table, work[worker])
 
 
 @njit(cache=True)

@@ -13,67 +13,81 @@ padding + j dilation). Output channel o belongs to group o // (O / groups) and s
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from .epilogue import finish
 from .im2col import output_shape
 from .memory import contiguous, into
+from .parallel_for import parallel_for
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _forward(x, w, y, stride, padding, dilation, outputs):
-    """y[n, p, q, o] is the sum over i, j, c of x[n, r, s, c] w[i, j, c, o]; `outputs` is the number a group has."""
-    for n in prange(y.shape[0]):
-        for p in range(y.shape[1]):
-            for q in range(y.shape[2]):
-                for o in range(y.shape[3]):
-                    first = o // outputs * w.shape[2]
-                    total = y.dtype.type(0)
-                    for i in range(w.shape[0]):
-                        for j in range(w.shape[1]):
+    """Images side by side; `outputs` is the number of output channels that a group has."""
+    parallel_for(y.shape[0], _image, (x, w, y, stride, padding, dilation, outputs))
+
+
+@njit(cache=True)
+def _image(n, x, w, y, stride, padding, dilation, outputs):
+    """y[n, p, q, o] is the sum over i, j, c of x[n, r, s, c] w[i, j, c, o]."""
+    for p in range(y.shape[1]):
+        for q in range(y.shape[2]):
+            for o in range(y.shape[3]):
+                first = o // outputs * w.shape[2]
+                total = y.dtype.type(0)
+                for i in range(w.shape[0]):
+                    for j in range(w.shape[1]):
+                        r = p * stride[0] - padding[0] + i * dilation[0]
+                        s = q * stride[1] - padding[1] + j * dilation[1]
+                        if 0 <= r < x.shape[1] and 0 <= s < x.shape[2]:
+                            for c in range(w.shape[2]):
+                                total += x[n, r, s, first + c] * w[i, j, c, o]
+                y[n, p, q, o] = total
+
+
+@njit(cache=True)
+def _grad_x(gy, w, gx, stride, padding, dilation, outputs):
+    parallel_for(gy.shape[0], _image_back, (gy, w, gx, stride, padding, dilation, outputs))
+
+
+@njit(cache=True)
+def _image_back(n, gy, w, gx, stride, padding, dilation, outputs):
+    """What x[n, r, s, c] was multiplied with: each gy goes back to the pixels that it came from."""
+    for p in range(gy.shape[1]):
+        for q in range(gy.shape[2]):
+            for o in range(gy.shape[3]):
+                first = o // outputs * w.shape[2]
+                for i in range(w.shape[0]):
+                    for j in range(w.shape[1]):
+                        r = p * stride[0] - padding[0] + i * dilation[0]
+                        s = q * stride[1] - padding[1] + j * dilation[1]
+                        if 0 <= r < gx.shape[1] and 0 <= s < gx.shape[2]:
+                            for c in range(w.shape[2]):
+                                gx[n, r, s, first + c] += gy[n, p, q, o] * w[i, j, c, o]
+
+
+@njit(cache=True)
+def _grad_w(gy, x, gw, stride, padding, dilation, outputs):
+    parallel_for(gw.shape[3], _output_channel, (gy, x, gw, stride, padding, dilation, outputs))
+
+
+@njit(cache=True)
+def _output_channel(o, gy, x, gw, stride, padding, dilation, outputs):
+    """What w[i, j, c, o] was multiplied with, summed over all images and positions."""
+    first = o // outputs * gw.shape[2]
+    for i in range(gw.shape[0]):
+        for j in range(gw.shape[1]):
+            for c in range(gw.shape[2]):
+                total = gw.dtype.type(0)
+                for n in range(gy.shape[0]):
+                    for p in range(gy.shape[1]):
+                        for q in range(gy.shape[2]):
                             r = p * stride[0] - padding[0] + i * dilation[0]
                             s = q * stride[1] - padding[1] + j * dilation[1]
                             if 0 <= r < x.shape[1] and 0 <= s < x.shape[2]:
-                                for c in range(w.shape[2]):
-                                    total += x[n, r, s, first + c] * w[i, j, c, o]
-                    y[n, p, q, o] = total
-
-
-@njit(parallel=True, cache=True)
-def _grad_x(gy, w, gx, stride, padding, dilation, outputs):
-    """What x[n, r, s, c] was multiplied with: each gy goes back to the pixels that it came from."""
-    for n in prange(gy.shape[0]):
-        for p in range(gy.shape[1]):
-            for q in range(gy.shape[2]):
-                for o in range(gy.shape[3]):
-                    first = o // outputs * w.shape[2]
-                    for i in range(w.shape[0]):
-                        for j in range(w.shape[1]):
-                            r = p * stride[0] - padding[0] + i * dilation[0]
-                            s = q * stride[1] - padding[1] + j * dilation[1]
-                            if 0 <= r < gx.shape[1] and 0 <= s < gx.shape[2]:
-                                for c in range(w.shape[2]):
-                                    gx[n, r, s, first + c] += gy[n, p, q, o] * w[i, j, c, o]
-
-
-@njit(parallel=True, cache=True)
-def _grad_w(gy, x, gw, stride, padding, dilation, outputs):
-    """What w[i, j, c, o] was multiplied with, summed over all images and positions."""
-    for o in prange(gw.shape[3]):
-        first = np.int64(o) // outputs * gw.shape[2]
-        for i in range(gw.shape[0]):
-            for j in range(gw.shape[1]):
-                for c in range(gw.shape[2]):
-                    total = gw.dtype.type(0)
-                    for n in range(gy.shape[0]):
-                        for p in range(gy.shape[1]):
-                            for q in range(gy.shape[2]):
-                                r = p * stride[0] - padding[0] + i * dilation[0]
-                                s = q * stride[1] - padding[1] + j * dilation[1]
-                                if 0 <= r < x.shape[1] and 0 <= s < x.shape[2]:
-                                    total += x[n, r, s, first + c] * gy[n, p, q, o]
-                    gw[i, j, c, o] = total
+                                total += x[n, r, s, first + c] * gy[n, p, q, o]
+                gw[i, j, c, o] = total
 
 
 @conv2d.variant("loops", auto=False, before="blocked")

@@ -10,12 +10,13 @@ time of `direct`, by `python -m nanocnn bench conv2d_grad_w --kernel 1 --stride 
 
 from __future__ import annotations
 
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .conv2d import add_up, conv2d_grad_w
 from .dispatch import plain_floats
 from .memory import clear, contiguous, empty, into, scratch
+from .parallel_for import parallel_for
 from .simd import lanes, load, prefetch, store
 from .tile import (
     ROWS,
@@ -60,17 +61,16 @@ def _ask(x, at, count):
         prefetch(x, at + i)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _grad_w(x, gy, u, stride, work):
     """Each worker sums its share of the positions into (C, O rounded up) of its own."""
-    workers = work.shape[0]
-    for worker in prange(workers):
-        positions = part(worker, workers, gy.shape[0] * gy.shape[1] * gy.shape[2])
-        _share(x, gy, u[worker], stride, positions, work[worker])
+    parallel_for(len(work), _share, (x, gy, u, stride, work))
 
 
 @njit(cache=True)
-def _share(x, gy, u, stride, positions, work):
+def _share(worker, x, gy, all_u, stride, works):
+    u, work = all_u[worker], works[worker]
+    positions = part(worker, len(works), gy.shape[0] * gy.shape[1] * gy.shape[2])
     c, o, line = x.shape[3], gy.shape[3], u.shape[1]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n

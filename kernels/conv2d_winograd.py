@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .constant import derived, is_constant
@@ -24,6 +24,7 @@ from .epilogue import padded_bias
 from .im2col import output_shape
 from .memory import LINE, contiguous, empty, past_caches, scratch
 from .pack import swap_channels
+from .parallel_for import parallel_for
 from .simd import distance, lanes, splat
 from .tile import (
     ROWS,
@@ -80,13 +81,16 @@ GAP = 16  # a cache line between planes: strides of a power of two would share a
 # ------------------------------------------------------------------ weights
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _transform_weights(algorithm, w, u):
     """(3, 3, C, O) -> planes of panels of (C, PANEL), flat, with a line between planes."""
-    channels = w.shape[2]
     panels = (w.shape[3] + panel(w) - 1) // panel(w)
-    for i in prange(channels):
-        _transform_weights_of(algorithm, w, (i, i + 1), (0, panels), u)
+    parallel_for(w.shape[2], _transform_channel, (algorithm, w, (0, panels), u))
+
+
+@njit(cache=True)
+def _transform_channel(i, algorithm, w, panels, u):
+    _transform_weights_of(algorithm, w, (i, i + 1), panels, u)
 
 
 @njit(cache=True)
@@ -138,7 +142,16 @@ def input_planes(algorithm, x, first, across, tiles, v, place, zeros):
             input_to_planes(algorithm, x, table, i, c - i, temp, v, (place + t) * depth + i, stride)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
+def input_share(worker, algorithm, x, first, across, tiles, v, work):
+    """A worker's part of these tiles into v[0]."""
+    zeros = work[worker]
+    zeros[: x.shape[3] + lanes(x)] = 0
+    begin, end = part(worker, len(work), tiles[1] - tiles[0])
+    input_planes(algorithm, x, first, across, (tiles[0] + begin, tiles[0] + end), v[0], begin, distance(x, zeros))
+
+
+@njit(cache=True)
 def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, block, by_panels, own, past, v, work):
     """Each worker takes its share of the tiles through all steps; or of the panels, once all tiles are transformed.
 
@@ -146,33 +159,30 @@ def _forward(algorithm, x, w, u, y, bias, floor, residual, has_residual, first, 
     `v` has room for the planes of a block of tiles, for each worker or for all. With `past`, y is written past the
     caches.
     """
-    workers = work.shape[0]
     rows = (y.shape[1] + algorithm.outputs - 1) // algorithm.outputs
     columns = (y.shape[2] + algorithm.outputs - 1) // algorithm.outputs
-    tiles = y.shape[0] * rows * columns
-    panels = (y.shape[3] + panel(y) - 1) // panel(y)
-    for worker in prange(workers):
-        for i in range(max(x.shape[3], y.shape[3]) + lanes(x)):
-            work[worker, i] = 0
-        if by_panels:
-            begin, end = part(worker, workers, tiles)
-            zeros = distance(x, work[worker])
-            input_planes(algorithm, x, first, (rows, columns), (begin, end), v[0], begin, zeros)
-    # Numba makes one loop of two only where no iteration needs what another one has written. Here all need v.
-    for worker in prange(workers):
-        _forward_share(
-            algorithm, x, w, u[worker % len(u)], y, bias, floor, residual, has_residual, first, (rows, columns),
-            (0, tiles) if by_panels else part(worker, workers, tiles),
-            part(worker, workers, panels) if by_panels else (0, panels), block, by_panels, own, past,
-            v[worker % len(v)], work[worker],
-        )  # fmt: skip
+    across, tiles = (rows, columns), (0, y.shape[0] * rows * columns)
+    if by_panels:
+        parallel_for(len(work), input_share, (algorithm, x, first, across, tiles, v, work))
+    parallel_for(
+        len(work), _forward_share,
+        (algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, tiles, block, by_panels, own, past,
+         v, work),
+    )  # fmt: skip
 
 
 @njit(cache=True)
 def _forward_share(
-    algorithm, x, w, u, y, bias, floor, residual, has_residual, first, across, share, panels, block, by_panels, own,
-    past, v, work,
+    worker, algorithm, x, w, all_u, y, bias, floor, residual, has_residual, first, across, share, block, by_panels, own,
+    past, all_v, all_work,
 ):  # fmt: skip
+    workers, u, v, work = len(all_work), all_u[worker % len(all_u)], all_v[worker % len(all_v)], all_work[worker]
+    work[: max(x.shape[3], y.shape[3]) + lanes(x)] = 0
+    panels = 0, (y.shape[3] + panel(y) - 1) // panel(y)
+    if by_panels:
+        panels = part(worker, workers, panels[1])
+    else:
+        share = part(worker, workers, share[1])
     c, o = x.shape[3], y.shape[3]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n
@@ -192,10 +202,10 @@ def _forward_share(
         halves = (count + ROWS - 1) // ROWS
         lines = STEPS * VECTORS // halves
         if not by_panels:
-            input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros)
+            input_planes(algorithm, x, first, across, (begin, begin + count), v, np.int64(0), zeros)
         for p in range(panels[0], panels[1]):
             if own:
-                _transform_weights_of(algorithm, w, (0, c), (p, p + 1), u)
+                _transform_weights_of(algorithm, w, (np.int64(0), c), (p, p + 1), u)
             for plane in range(square):
                 at = plane * u_stride + (0 if own else p * u_panel)
                 for t in range(0, count, ROWS):

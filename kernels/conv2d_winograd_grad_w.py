@@ -8,7 +8,7 @@ end; or, where those would fill the cache, all tiles for a part of the output ch
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .caches import L3
@@ -20,6 +20,7 @@ from .conv2d_winograd import (
     MOST_TILES,
     ONE,
     input_planes,
+    input_share,
     is_3x3,
     pays,
     pixels_of,
@@ -27,6 +28,7 @@ from .conv2d_winograd import (
 )
 from .dispatch import plain_floats
 from .memory import clear, contiguous, empty, into
+from .parallel_for import parallel_for
 from .simd import distance, lanes
 from .tile import (
     ROWS,
@@ -56,12 +58,16 @@ from .winograd import (
 MOST_SUMS = 1 << 30  # bytes of the workers' own sums of weights' gradients, on a machine of many cores
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _gather_weights(algorithm, u, gw):
     """The sum over workers of the planes u (workers, planes (C, O rounded up)), through G^T, to (3, 3, C, O)."""
     panels = (gw.shape[3] + panel(gw) - 1) // panel(gw)
-    for i in prange(gw.shape[2]):
-        _gather_weights_of(algorithm, u, gw, (i, i + 1), (0, panels))
+    parallel_for(gw.shape[2], _gather_channel, (algorithm, u, gw, (0, panels)))
+
+
+@njit(cache=True)
+def _gather_channel(i, algorithm, u, gw, panels):
+    _gather_weights_of(algorithm, u, gw, (i, i + 1), panels)
 
 
 @njit(cache=True)
@@ -87,46 +93,37 @@ def _gather_weights_of(algorithm, u, gw, channels, panels):
                     gathered_row(algorithm, temp, row, gw, i * o + first, c * o, o - first)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _grad_w(algorithm, x, gy, u, gw, first, block, by_panels, own, v, work):
     """Each worker sums over its share of the tiles, into planes of its own, or over all tiles for its panels.
 
     `u` holds the planes of all weights, for each worker or for all, or, with `own`, those of a panel for each worker,
     which are gathered into `gw` at once.
     """
-    workers = work.shape[0]
     rows = (gy.shape[1] + algorithm.outputs - 1) // algorithm.outputs
     columns = (gy.shape[2] + algorithm.outputs - 1) // algorithm.outputs
-    tiles = gy.shape[0] * rows * columns
-    panels = (gy.shape[3] + panel(gy) - 1) // panel(gy)
-    for worker in prange(workers):
-        for i in range(max(x.shape[3], gy.shape[3]) + lanes(x)):
-            work[worker, i] = 0
-    if not by_panels:
-        for worker in prange(workers):
-            _grad_w_share(
-                algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), part(worker, workers, tiles),
-                0, (0, panels), block, False, own, v[worker], work[worker],
-            )  # fmt: skip
-        return
-    for begin in range(0, tiles, block):
-        end = min(tiles, begin + block)
-        for worker in prange(workers):
-            left, right = part(worker, workers, end - begin)
-            zeros = distance(x, work[worker])
-            input_planes(algorithm, x, first, (rows, columns), (begin + left, begin + right), v[0], left, zeros)
-        for worker in prange(workers):
-            _grad_w_share(
-                algorithm, x, gy, u[worker % len(u) :][:1], gw, first, (rows, columns), (begin, end), begin,
-                part(worker, workers, panels), block, True, own, v[0], work[worker],
-            )  # fmt: skip
+    across, tiles = (rows, columns), gy.shape[0] * rows * columns
+    for begin in range(0, tiles, block if by_panels else tiles):
+        share = begin, min(tiles, begin + block) if by_panels else tiles
+        if by_panels:
+            parallel_for(len(work), input_share, (algorithm, x, first, across, share, v, work))
+        parallel_for(
+            len(work), _grad_w_share,
+            (algorithm, x, gy, u, gw, first, across, share, block, by_panels, own, v, work),
+        )  # fmt: skip
 
 
 @njit(cache=True)
-def _grad_w_share(
-    algorithm, x, gy, planes_of_u, gw, first, across, share, done, panels, block, by_panels, own, v, work
-):
-    """`done` tiles have been summed before."""
+def _grad_w_share(worker, algorithm, x, gy, all_u, gw, first, across, share, block, by_panels, own, all_v, all_work):
+    """With `by_panels`, `share` is the tiles whose planes are in `v`, and those before them are summed already."""
+    workers, v, work = len(all_work), all_v[worker % len(all_v)], all_work[worker]
+    planes_of_u, panels = all_u[worker % len(all_u) :][:1], (0, (gy.shape[3] + panel(gy) - 1) // panel(gy))
+    done = share[0]
+    if by_panels:
+        panels = part(worker, workers, panels[1])
+    else:
+        share = part(worker, workers, share[1])
+    work[: max(x.shape[3], gy.shape[3]) + lanes(x)] = 0
     c, o = x.shape[3], gy.shape[3]
     n, width = lanes(x), panel(x)
     depth = (c + n - 1) // n * n
@@ -142,7 +139,7 @@ def _grad_w_share(
     for begin in range(share[0], share[1], block):
         count = min(block, share[1] - begin)
         if not by_panels:
-            input_planes(algorithm, x, first, across, (begin, begin + count), v, 0, zeros_x)
+            input_planes(algorithm, x, first, across, (begin, begin + count), v, np.int64(0), zeros_x)
         pixels_of(coming, begin, across, algorithm.outputs, algorithm.outputs, (0, 0), out, zeros_gy)
         for t in range(count):
             table, coming = coming, table
@@ -165,7 +162,7 @@ def _grad_w_share(
                     )  # fmt: skip
                     store_tile(u, to, offsets, tile)
             if own:
-                _gather_weights_of(algorithm, planes_of_u, gw, (0, c), (p, p + 1))
+                _gather_weights_of(algorithm, planes_of_u, gw, (np.int64(0), c), (p, p + 1))
         done += count
 
 

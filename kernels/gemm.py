@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .caches import L2
@@ -27,6 +27,7 @@ from .constant import derived, is_constant
 from .epilogue import padded_bias
 from .memory import contiguous, scratch
 from .pack import panels_of, swap_square
+from .parallel_for import parallel_for
 from .simd import WIDTH, lanes, load, splat, store, unrolled
 from .tile import (
     ROWS,
@@ -84,23 +85,22 @@ def _panel_of_a(like):
     return math.lcm(lanes(like), ROWS)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _gemm(a, a_strides, b, b_strides, c, sizes, bias, floor, by_columns, packed, work):
-    m, n, _ = sizes
-    workers, width = work.shape[0], panel(work)
-    for worker in prange(workers):
-        left, right = part(worker, workers, (n + width - 1) // width) if by_columns else (0, n)
-        top, bottom = (0, m) if by_columns else part(worker, workers, (m + ROWS - 1) // ROWS)
-        if by_columns:
-            left, right = left * width, min(n, right * width)
-        else:
-            top, bottom = top * ROWS, min(m, bottom * ROWS)
-        _share(a, a_strides, b, b_strides, c, sizes, bias, floor, (top, bottom), (left, right), packed, work[worker])
+    parallel_for(len(work), _share, (a, a_strides, b, b_strides, c, sizes, bias, floor, by_columns, packed, work))
 
 
 @njit(cache=True)
-def _share(a, a_strides, b, b_strides, c, sizes, bias, floor, rows, columns, packed, work):
+def _share(worker, a, a_strides, b, b_strides, c, sizes, bias, floor, by_columns, packed, works):
+    workers, work = len(works), works[worker]
     width, of_tiles, low = panel(work), _panel_of_a(work), splat(floor, work)
+    (m, n, _), rows, columns = sizes, (0, sizes[0]), (0, sizes[1])
+    if by_columns:
+        left, right = part(worker, workers, (n + width - 1) // width)
+        columns = left * width, min(n, right * width)
+    else:
+        top, bottom = part(worker, workers, (m + ROWS - 1) // ROWS)
+        rows = top * ROWS, min(m, bottom * ROWS)
     depth_of_all, line = sizes[2], sizes[1]
     of_a = DEPTH * COLUMNS  # where A's block begins in `work`; B's is at the beginning
     for k0 in range(0, depth_of_all, DEPTH):

@@ -8,12 +8,13 @@ eight rows at a time, each a stream for the prefetcher of the hardware; C, which
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from . import threads
 from .dispatch import aside, plain_floats
 from .matmul import matmul
 from .memory import contiguous, empty
+from .parallel_for import parallel_for
 from .simd import broadcast, fma, lanes, load, splat, store, unrolled
 from .tile import clip, panel_width, part
 
@@ -49,14 +50,18 @@ def matmul_few_rows(a, b, out=None, *, bias=None, relu=False):
     return out
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _few(a, b, bias, floor, c, workers):
+    parallel_for(workers, _columns, (a, b, bias, floor, c, workers))
+
+
+@njit(cache=True)
+def _columns(worker, a, b, bias, floor, c, workers):
     n = 2 * lanes(c)  # columns are shared, and taken, in pairs of vectors
     pairs, strip = (c.shape[1] + n - 1) // n, STRIP // max(1, c.shape[0]) // n * n
-    for worker in prange(workers):
-        left, right = part(worker, workers, pairs)
-        for first in range(left * n, min(c.shape[1], right * n), strip):
-            _strip(a, b, bias, floor, c, first, min(strip, min(c.shape[1], right * n) - first))
+    left, right = part(worker, workers, pairs)
+    for first in range(left * n, min(c.shape[1], right * n), strip):
+        _strip(a, b, bias, floor, c, first, min(strip, min(c.shape[1], right * n) - first))
 
 
 @njit(cache=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .memory import contiguous, empty
+from .parallel_for import parallel_for
 from .simd import lanes, load, store, transpose, unrolled
 from .tile import panel_width
 
@@ -18,13 +18,17 @@ def panels_of(w):
     return out
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _pack(w, out):
-    groups, panels, depth, width = out.shape
-    for task in prange(groups * panels):
-        group, p = task // panels, task % panels
-        for k in range(depth):
-            _pack_row(w[group, k], out[group, p, k], np.int64(p) * width)
+    parallel_for(out.shape[0] * out.shape[1], _pack_panel, (w, out))
+
+
+@njit(cache=True)
+def _pack_panel(number, w, out):
+    _, panels, depth, width = out.shape
+    group, p = number // panels, number % panels
+    for k in range(depth):
+        _pack_row(w[group, k], out[group, p, k], p * width)
 
 
 @njit(cache=True)
@@ -45,21 +49,26 @@ def swap_channels(w, turn=False):
     return out
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _swap_channels(w, out, turn):
+    parallel_for(w.shape[0] * ((w.shape[1] + lanes(w) - 1) // lanes(w)), _swap_some, (w, out, turn))
+
+
+@njit(cache=True)
+def _swap_some(number, w, out, turn):
+    """A vector of input channels, of one tap."""
     taps, c, o = w.shape
     n = lanes(w)
     across = (c + n - 1) // n
-    for task in prange(taps * across):
-        tap, first = np.int64(task) // across, np.int64(task) % across * n
-        to = taps - 1 - tap if turn else tap
-        for second in range(0, o, n):
-            if first + n <= c and second + n <= o:
-                swap_square(w, (tap * c + first) * o + second, o, out, (to * o + second) * c + first, c)
-            else:
-                for i in range(first, min(c, first + n)):
-                    for j in range(second, min(o, second + n)):
-                        out[to, j, i] = w[tap, i, j]
+    tap, first = number // across, number % across * n
+    to = taps - 1 - tap if turn else tap
+    for second in range(0, o, n):
+        if first + n <= c and second + n <= o:
+            swap_square(w, (tap * c + first) * o + second, o, out, (to * o + second) * c + first, c)
+        else:
+            for i in range(first, min(c, first + n)):
+                for j in range(second, min(o, second + n)):
+                    out[to, j, i] = w[tap, i, j]
 
 
 @unrolled

@@ -24,9 +24,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .memory import contiguous, past_caches
+from .parallel_for import parallel_for
 from .simd import WIDTH, lanes, load, store, stream, unrolled, zeros
 
 ROWS = 32
@@ -80,16 +81,16 @@ def _add_up(partial, totals):
             totals[s, c] = line[c]
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _run(one_pass, none, rows, partial):  # `none`, a zero for each sum, says how many while this is being compiled
-    for b in prange(partial.shape[0]):
-        length = (rows + partial.shape[0] - 1) // partial.shape[0]
-        partial[b] = 0
-        _block(one_pass, none, b * length, min(rows, (b + 1) * length), partial[b])
+    parallel_for(len(partial), _block, (one_pass, none, rows, partial))
 
 
 @njit
-def _block(one_pass, none, first, last, totals):
+def _block(b, one_pass, none, rows, partial):
+    length = (rows + len(partial) - 1) // len(partial)
+    first, last, totals = b * length, min(rows, (b + 1) * length), partial[b]
+    totals[:] = 0
     columns, n = totals.shape[1], lanes(one_pass[0])
     for r0 in range(first, last, ROWS):
         r1 = min(last, r0 + ROWS)
