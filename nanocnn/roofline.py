@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
@@ -21,9 +21,7 @@ from numba import njit, prange
 from .kernels import memory, threads
 from .kernels.caches import L3
 from .kernels.simd import ISA, REGISTERS, fma, load, store, unrolled
-
-if TYPE_CHECKING:
-    from .bench import Result
+from .ladder import Result
 
 ACCUMULATORS = REGISTERS - 4  # each waits for its own last result alone, so that many are under way at once
 STEPS = 1 << 16  # multiply-adds of each accumulator in one run: some 0.5 ms

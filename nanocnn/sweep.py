@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .bench import error_of, in_float64, outputs
 from .kernels.cuda.emulated import KernelError, Report, counting
 from .kernels.cuda.launch import Launch, launches
 from .kernels.cuda.occupancy import Occupancy, occupancy
@@ -27,6 +26,7 @@ from .kernels.cuda.resources import CompileError, Resources, resources
 from .kernels.cuda.source import target
 from .kernels.cuda.tunable import Tunable, asked
 from .kernels.dispatch import DeviceError, Primitive, Variant
+from .ladder import error_of, in_float64, outputs
 from .traffic import cuda_variants, on_emulator
 
 ARCHITECTURE = "sm_90"
@@ -35,7 +35,7 @@ REPEATS = 50  # calls between two events
 
 @dataclass
 class Trial:
-    """One variant in one configuration. `note` says why it did not run; `error`: as in bench.Result.
+    """One variant in one configuration. `note` says why it did not run; `error`: as in ladder.Result.
 
     `tunable` and `numbers`: what was varied; None and nothing for the default.
     """

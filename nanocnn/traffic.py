@@ -16,15 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .bench import BenchError, error_of, in_float64, outputs, primitive_of
+from .example_calls import BenchError
 from .kernels import dispatch
 from .kernels.cuda.emulated import KernelError, Report, Traffic, counting
 from .kernels.dispatch import Primitive, to_device
+from .ladder import error_of, in_float64, outputs, primitive_of
 
 
 @dataclass
 class Count:
-    """One variant on one call. `note` says why it was not counted; `error`: as in bench.Result."""
+    """One variant on one call. `note` says why it was not counted; `error`: as in ladder.Result."""
 
     variant: str
     place: str

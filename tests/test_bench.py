@@ -14,6 +14,7 @@ from nanocnn.bench import BenchError, Peaks, Result
 from nanocnn.example_calls import LAYERS, Shape, arguments, can_make, shape_of
 from nanocnn.kernels import dispatch, threads
 from nanocnn.kernels.dispatch import Primitive, using
+from nanocnn.ladder import error_of
 
 SMALL = Shape(batch=2, size=8, channels=4, out_channels=6, m=5, k=7, n=9)
 ROOF = Peaks(gflops=400.0, bandwidth=50.0, threads=2, dtype="float32", isa="AVX-512")
@@ -160,11 +161,11 @@ def test_a_primitive_that_changes_its_arguments_is_given_copies():
 
 
 def test_results_that_are_not_finite_or_of_another_shape_are_wrong():
-    assert bench.error_of([np.array([1.0, np.nan])], [np.array([1.0, 2.0])]) == math.inf
-    assert bench.error_of([np.ones(2)], [np.ones(3)]) == math.inf
-    assert bench.error_of([np.ones(2)], []) == math.inf
-    assert bench.error_of([np.zeros(2)], [np.zeros(2)]) == 0
-    assert bench.error_of([np.array([1.5, -4.0])], [np.array([1.0, -4.0])]) == 0.125
+    assert error_of([np.array([1.0, np.nan])], [np.array([1.0, 2.0])]) == math.inf
+    assert error_of([np.ones(2)], [np.ones(3)]) == math.inf
+    assert error_of([np.ones(2)], []) == math.inf
+    assert error_of([np.zeros(2)], [np.zeros(2)]) == 0
+    assert error_of([np.array([1.5, -4.0])], [np.array([1.0, -4.0])]) == 0.125
 
 
 # ------------------------------------------------------------------ example calls

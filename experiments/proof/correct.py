@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 import nanocnn as nc
-from nanocnn.bench import in_float64, outputs
 from nanocnn.kernels import dispatch
 from nanocnn.kernels.cuda.emulated import counting, library
 from nanocnn.kernels.cuda.launch import REALS, Kernel
@@ -26,6 +25,7 @@ from nanocnn.kernels.cuda.source import FOLDER, NARROW, REAL, SUM, signatures
 from nanocnn.kernels.dispatch import Primitive, Variant, to_device, xp_of
 from nanocnn.kernels.half import dtype_of
 from nanocnn.kernels.narrow import HALVES, is_float
+from nanocnn.ladder import in_float64, outputs
 from nanocnn.precision import check
 from nanocnn.traffic import on_emulator
 
