@@ -45,7 +45,8 @@ def parallel_for(typing_context, count, function, arguments):
         place = cgutils.alloca_once_value(builder, shared)
         task = ir.Function(builder.module, TASK, builder.module.get_unique_name("task"))
         _define(task, context, function, called, shared.type)
-        _launch(context, builder, task, values[0], place)
+        nothing = builder.icmp_signed("<", values[0], INT(0))
+        _launch(context, builder, task, builder.select(nothing, INT(0), values[0]), place)
         with cgutils.if_unlikely(builder, builder.icmp_signed("!=", builder.load(failed), INT(0))):
             context.call_conv.return_user_exc(builder, RuntimeError, ("a call by parallel_for has failed",))
         return context.get_dummy_value()

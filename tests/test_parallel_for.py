@@ -50,6 +50,23 @@ def test_each_is_called_once_with_all_arguments(rows, threads):
 
 
 @njit
+def _count(i, calls):
+    calls[i] += 1
+
+
+@njit
+def _so_often(n, calls):
+    parallel_for(n, _count, (calls,))
+
+
+def test_less_than_none_is_none():
+    calls = np.zeros(3)
+    for n in (-7, 0, 2):
+        _so_often(n, calls)
+    assert list(calls) == [1, 1, 0]
+
+
+@njit
 def _who(i, ran):
     ran[i] = numba.get_thread_id()
 
