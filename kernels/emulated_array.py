@@ -146,6 +146,8 @@ class EmulatedNumPy:
                 _refuse_the_hosts(f"xp.{name}()", args, even_numbers=True)
             return _made_by(found, args, kwargs)
 
+        if isinstance(found, np.ufunc):
+            setattr(on_the_device, "at", found.at)  # noqa: B010  mypy forbids it otherwise
         setattr(self, name, on_the_device)
         return on_the_device
 

@@ -78,6 +78,13 @@ def test_what_numpy_makes_for_the_emulator_is_of_the_emulator():
     assert xp.pi == np.pi
 
 
+def test_a_place_that_is_taken_twice_gets_both_gradients():
+    x = nc.Tensor(to_device(np.arange(3.0), "emulated"), requires_grad=True)
+    x[np.array([2, 0, 2])].sum().backward()
+    np.testing.assert_array_equal(x.grad, [1, 0, 2])
+    assert device_of(x.grad) == "emulated"
+
+
 def test_arrays_of_two_devices():
     x = np.ones((2, 3), np.float32)
     with pytest.raises(DeviceError, match=r"Add was given arrays of two devices, cpu and emulated: .*to\('cpu'\)"):
