@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 from .dispatch import Primitive, plain_floats, xp_of
 from .half import in_float32
 from .im2col import output_shape, taps
 from .memory import contiguous, empty
-from .parallel_for import parallel_for
 from .vecmath import FMA
 
 ONE = (1, 1)  # dilation
@@ -87,28 +86,24 @@ def max_pool2d_numba(x, kernel, stride, padding, relu=False):
     return y, position
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _max_pool2d(x, y, position, kh, kw, sh, sw, ph, pw, relu):
-    parallel_for(y.shape[0] * y.shape[1], _max_pool_row, (x, y, position, kh, kw, sh, sw, ph, pw, relu))
-
-
-@njit(cache=True)
-def _max_pool_row(row, x, y, position, kh, kw, sh, sw, ph, pw, relu):
     _, h, w, _ = x.shape
-    _, oh, ow, _ = y.shape
-    image, p = row // oh, row % oh
-    i0, i1 = max(0, ph - p * sh), min(kh, h + ph - p * sh)  # the part of the window that is not padding
-    for q in range(ow):
-        j0, j1 = max(0, pw - q * sw), min(kw, w + pw - q * sw)
-        top, left = p * sh - ph, q * sw - pw
-        best, where = y[image, p, q], position[image, p, q]
-        _first(x[image, top + i0, left + j0], i0 * kw + j0, best, where)
-        for i in range(i0, i1):
-            for j in range(j0, j1):
-                if i > i0 or j > j0:
-                    _better(x[image, top + i, left + j], i * kw + j, best, where)
-        if relu:
-            _rectify(best, where)
+    n, oh, ow, _ = y.shape
+    for row in prange(n * oh):
+        image, p = row // oh, row % oh
+        i0, i1 = max(0, ph - p * sh), min(kh, h + ph - p * sh)  # the part of the window that is not padding
+        for q in range(ow):
+            j0, j1 = max(0, pw - q * sw), min(kw, w + pw - q * sw)
+            top, left = p * sh - ph, q * sw - pw
+            best, where = y[image, p, q], position[image, p, q]
+            _first(x[image, top + i0, left + j0], i0 * kw + j0, best, where)
+            for i in range(i0, i1):
+                for j in range(j0, j1):
+                    if i > i0 or j > j0:
+                        _better(x[image, top + i, left + j], i * kw + j, best, where)
+            if relu:
+                _rectify(best, where)
 
 
 @njit
@@ -149,19 +144,15 @@ def max_pool2d_2x2(x, kernel, stride, padding, relu=False):
     return y, position
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _max_pool_2x2(x, y, position, relu):
-    parallel_for(y.shape[0] * y.shape[1], _max_pool_2x2_row, (x, y, position, relu))
-
-
-@njit(cache=True)
-def _max_pool_2x2_row(row, x, y, position, relu):
-    _, oh, ow, _ = y.shape
-    image, p = row // oh, row % oh
-    top, bottom = x[image, 2 * p], x[image, 2 * p + 1]
-    for q in range(ow):
-        four = top[2 * q], top[2 * q + 1], bottom[2 * q], bottom[2 * q + 1]
-        _largest_of_four(*four, relu, y[image, p, q], position[image, p, q])
+    n, oh, ow, _ = y.shape
+    for row in prange(n * oh):
+        image, p = row // oh, row % oh
+        top, bottom = x[image, 2 * p], x[image, 2 * p + 1]
+        for q in range(ow):
+            four = top[2 * q], top[2 * q + 1], bottom[2 * q], bottom[2 * q + 1]
+            _largest_of_four(*four, relu, y[image, p, q], position[image, p, q])
 
 
 @njit
@@ -220,30 +211,26 @@ def _windows_over(i, first, end, kernel, stride, count):
     return first, end
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _max_pool2d_grad(gy, position, gx, kh, kw, sh, sw, ph, pw):
-    parallel_for(gx.shape[0] * gx.shape[1], _max_pool_grad_row, (gy, position, gx, kh, kw, sh, sw, ph, pw))
-
-
-@njit(cache=True)
-def _max_pool_grad_row(row, gy, position, gx, kh, kw, sh, sw, ph, pw):
-    _, h, w, _ = gx.shape
+    n, h, w, _ = gx.shape
     _, oh, ow, _ = gy.shape
-    image, i = row // h, row % h
-    p0, p1 = _windows_over(i + ph, 0, 0, kh, sh, oh)
-    q0, q1 = 0, 0
-    for j in range(w):
-        q0, q1 = _windows_over(j + pw, q0, q1, kw, sw, ow)
-        out = gx[image, i, j]
-        if p0 >= p1 or q0 >= q1:
-            _fill(out, 0)
-        for p in range(p0, p1):
-            for q in range(q0, q1):
-                k = np.uint8((i + ph - p * sh) * kw + (j + pw - q * sw))
-                if p == p0 and q == q0:
-                    _take(out, gy[image, p, q], position[image, p, q], k)
-                else:
-                    _take_more(out, gy[image, p, q], position[image, p, q], k)
+    for row in prange(n * h):
+        image, i = row // h, row % h
+        p0, p1 = _windows_over(i + ph, 0, 0, kh, sh, oh)
+        q0, q1 = 0, 0
+        for j in range(w):
+            q0, q1 = _windows_over(j + pw, q0, q1, kw, sw, ow)
+            out = gx[image, i, j]
+            if p0 >= p1 or q0 >= q1:
+                _fill(out, 0)
+            for p in range(p0, p1):
+                for q in range(q0, q1):
+                    k = np.uint8((i + ph - p * sh) * kw + (j + pw - q * sw))
+                    if p == p0 and q == q0:
+                        _take(out, gy[image, p, q], position[image, p, q], k)
+                    else:
+                        _take_more(out, gy[image, p, q], position[image, p, q], k)
 
 
 @njit
@@ -278,24 +265,20 @@ def max_pool2d_grad_2x2(gy, position, x_shape, kernel, stride, padding):
     return gx
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _max_pool_2x2_grad(gy, position, gx):
-    parallel_for(gx.shape[0] * ((gx.shape[1] + 1) // 2), _max_pool_2x2_grad_rows, (gy, position, gx))
-
-
-@njit(cache=True)
-def _max_pool_2x2_grad_rows(row, gy, position, gx):
-    _, h, w, _ = gx.shape
+    n, h, w, _ = gx.shape
     _, oh, ow, _ = gy.shape
-    image, p = row // ((h + 1) // 2), row % ((h + 1) // 2)
-    if p < oh:
-        top, bottom = gx[image, 2 * p], gx[image, 2 * p + 1]
-        for q in range(ow):
-            four = top[2 * q], top[2 * q + 1], bottom[2 * q], bottom[2 * q + 1]
-            _to_one_of_four(gy[image, p, q], position[image, p, q], *four)
-    for i in range(2 * p, min(h, 2 * p + 2)):  # an odd row or column at the end is in no window
-        for j in range(2 * ow if p < oh else 0, w):
-            _fill(gx[image, i, j], 0)
+    for row in prange(n * ((h + 1) // 2)):
+        image, p = row // ((h + 1) // 2), row % ((h + 1) // 2)
+        if p < oh:
+            top, bottom = gx[image, 2 * p], gx[image, 2 * p + 1]
+            for q in range(ow):
+                four = top[2 * q], top[2 * q + 1], bottom[2 * q], bottom[2 * q + 1]
+                _to_one_of_four(gy[image, p, q], position[image, p, q], *four)
+        for i in range(2 * p, min(h, 2 * p + 2)):  # an odd row or column at the end is in no window
+            for j in range(2 * ow if p < oh else 0, w):
+                _fill(gx[image, i, j], 0)
 
 
 @njit
@@ -337,25 +320,21 @@ def avg_pool2d_numba(x, kernel, stride, padding):
     return y
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _avg_pool2d(x, y, kh, kw, sh, sw, ph, pw):
-    parallel_for(y.shape[0] * y.shape[1], _avg_pool_row, (x, y, kh, kw, sh, sw, ph, pw))
-
-
-@njit(cache=True)
-def _avg_pool_row(row, x, y, kh, kw, sh, sw, ph, pw):
     _, h, w, _ = x.shape
-    _, oh, ow, _ = y.shape
+    n, oh, ow, _ = y.shape
     share = x.dtype.type(1 / (kh * kw))
-    image, p = row // oh, row % oh
-    for q in range(ow):
-        out = y[image, p, q]
-        i0, j0 = max(0, p * sh - ph), max(0, q * sw - pw)
-        _first_share(out, x[image, i0, j0], share)
-        for i in range(i0, min(h, p * sh - ph + kh)):
-            for j in range(j0, min(w, q * sw - pw + kw)):
-                if i > i0 or j > j0:
-                    _add_share(out, x[image, i, j], share)
+    for row in prange(n * oh):
+        image, p = row // oh, row % oh
+        for q in range(ow):
+            out = y[image, p, q]
+            i0, j0 = max(0, p * sh - ph), max(0, q * sw - pw)
+            _first_share(out, x[image, i0, j0], share)
+            for i in range(i0, min(h, p * sh - ph + kh)):
+                for j in range(j0, min(w, q * sw - pw + kw)):
+                    if i > i0 or j > j0:
+                        _add_share(out, x[image, i, j], share)
 
 
 @njit
@@ -398,30 +377,26 @@ def avg_pool2d_grad_numba(gy, x_shape, kernel, stride, padding):
     return gx
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def _avg_pool2d_grad(gy, gx, kh, kw, sh, sw, ph, pw):
-    parallel_for(gx.shape[0] * gx.shape[1], _avg_pool_grad_row, (gy, gx, kh, kw, sh, sw, ph, pw))
-
-
-@njit(cache=True)
-def _avg_pool_grad_row(row, gy, gx, kh, kw, sh, sw, ph, pw):
-    _, h, w, _ = gx.shape
+    n, h, w, _ = gx.shape
     _, oh, ow, _ = gy.shape
     share = gy.dtype.type(1 / (kh * kw))
-    image, i = row // h, row % h
-    p0, p1 = _windows_over(i + ph, 0, 0, kh, sh, oh)
-    q0, q1 = 0, 0
-    for j in range(w):
-        q0, q1 = _windows_over(j + pw, q0, q1, kw, sw, ow)
-        out = gx[image, i, j]
-        if p0 >= p1 or q0 >= q1:
-            _fill(out, 0)
-        for p in range(p0, p1):
-            for q in range(q0, q1):
-                if p == p0 and q == q0:
-                    _first_share(out, gy[image, p, q], share)
-                else:
-                    _add_share(out, gy[image, p, q], share)
+    for row in prange(n * h):
+        image, i = row // h, row % h
+        p0, p1 = _windows_over(i + ph, 0, 0, kh, sh, oh)
+        q0, q1 = 0, 0
+        for j in range(w):
+            q0, q1 = _windows_over(j + pw, q0, q1, kw, sw, ow)
+            out = gx[image, i, j]
+            if p0 >= p1 or q0 >= q1:
+                _fill(out, 0)
+            for p in range(p0, p1):
+                for q in range(q0, q1):
+                    if p == p0 and q == q0:
+                        _first_share(out, gy[image, p, q], share)
+                    else:
+                        _add_share(out, gy[image, p, q], share)
 
 
 @avg_pool2d_grad.work
