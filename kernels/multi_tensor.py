@@ -3,7 +3,7 @@
 With loss scaling a step is three calls:
 
     found_nonfinite_(grads, found)                                  # found becomes 1 if a gradient is inf or NaN
-    multi_sgd_update(control, hyper, data, grads, buffers, copies, found)   # unscale, decay, update; or nothing
+    multi_sgd_update(control, hyper, data, grads, buffers, found)   # unscale, decay, update; or nothing
     update_scale_(control, found)                                   # the scale grows, or backs off; the step counts
 
 `control` (5,) and `hyper` (buckets, 5) are float64, `found` (1,) is int32, all on the device. Nothing is copied to the
@@ -48,51 +48,43 @@ def _buckets(scale, found, hyper, data, grads, *more):
             yield row, w, grad if scale == 1 else grad * grad.dtype.type(1 / scale), *rest
 
 
-def _copy(copies, data, found):
-    if copies is not None and (found is None or not found[0]):
-        for copy, w in zip(copies, data, strict=True):
-            copy[...] = w
-
-
 @Primitive(inplace=True)
-def multi_sgd_update(control, hyper, data, grads, momentum_buffers, copies=None, found=None):
+def multi_sgd_update(control, hyper, data, grads, momentum_buffers, found=None):
     """`sgd_update` of each bucket with its row of `hyper` (B, 5), from gradients that are multiplied by 1 / scale.
 
-    data, grads, momentum_buffers: lists of (n,) arrays of one float dtype; a buffer is None without momentum. copies:
-    arrays of halves, where given, to which the new data go too. Where `found` is given and not 0, nothing happens.
+    data, grads, momentum_buffers: lists of (n,) arrays of one float dtype; a buffer is None without momentum. Where
+    `found` is given and not 0, nothing happens.
     """
     lr, step, scale = control[:GOOD].tolist()
     for row, w, grad, buffer in _buckets(scale, found, hyper, data, grads, momentum_buffers):
         rate, momentum, dampening, decay, nesterov = row
         first = step == 0  # PyTorch starts the buffer with the whole gradient
         sgd_update(w, grad, buffer, lr * rate, momentum, 0.0 if first else dampening, decay, bool(nesterov))
-    _copy(copies, data, found)
 
 
 @Primitive(inplace=True)
-def multi_adam_update(control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=None, found=None):
+def multi_adam_update(control, hyper, data, grads, exp_avgs, exp_avg_sqs, found=None):
     """`adam_update` of each bucket with its row of `hyper` (B, 6); the rest is as with `multi_sgd_update`."""
     lr, step, scale = control[:GOOD].tolist()
     for row, w, grad, exp_avg, exp_avg_sq in _buckets(scale, found, hyper, data, grads, exp_avgs, exp_avg_sqs):
         rate, beta1, beta2, eps, decay, decoupled = row
         adam_update(w, grad, exp_avg, exp_avg_sq, step + 1, lr * rate, beta1, beta2, eps, decay, bool(decoupled))
-    _copy(copies, data, found)
 
 
-def _moved(data, grads, *states, copies):
-    """Bytes: gradients are read, the rest is read and written, copies are written."""
+def _moved(data, grads, *states):
+    """Bytes: gradients are read, the rest is read and written."""
     both = sum(a.nbytes for held in (data, *states) for a in held if a is not None)
-    return sum(g.nbytes for g in grads) + 2 * both + sum(c.nbytes for c in copies or ())
+    return sum(g.nbytes for g in grads) + 2 * both
 
 
 @multi_sgd_update.work
-def _(control, hyper, data, grads, momentum_buffers, copies=None, found=None):
-    return 8 * sum(w.size for w in data), _moved(data, grads, momentum_buffers, copies=copies)
+def _(control, hyper, data, grads, momentum_buffers, found=None):
+    return 8 * sum(w.size for w in data), _moved(data, grads, momentum_buffers)
 
 
 @multi_adam_update.work
-def _(control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=None, found=None):
-    return 15 * sum(w.size for w in data), _moved(data, grads, exp_avgs, exp_avg_sqs, copies=copies)
+def _(control, hyper, data, grads, exp_avgs, exp_avg_sqs, found=None):
+    return 15 * sum(w.size for w in data), _moved(data, grads, exp_avgs, exp_avg_sqs)
 
 
 @Primitive(inplace=True)

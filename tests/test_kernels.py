@@ -139,7 +139,7 @@ def test_cuda_variants_of_other_halves(primitive, dtype):
         able = [(a, k) for a, k in calls if p.variants[variant] in p.candidates(*a, **k)]
         assert bool(able) == ((primitive, variant) not in NOT_OF_THEM), variant
         for args, kwargs in able[:: max(1, len(able) - 1)]:  # the first and the last
-            with counting():
+            with counting(), np.errstate(invalid="ignore"):  # a NaN of bfloat16 makes NumPy warn where it is compared
                 assert_equals_reference(primitive, variant, args, kwargs)
 
 

@@ -4,7 +4,6 @@
 // Where the arrays lie is a table in memory, too. So a step's launches do not depend on how many arrays there are, and
 // no block is left alone with a large one. Learning rate, step and loss scale are read from `control`, so that a
 // recorded launch can be made again with others; the columns are those of kernels/multi_tensor.py.
-#include "narrow.cuh"
 #include "real.cuh"
 
 #ifndef THREADS
@@ -34,11 +33,11 @@ found_nonfinite(const int* chunks, const long long* sizes, const real* const* gr
     if (__syncthreads_or(bad) && threadIdx.x == 0) atomicOr(found, 1);
 }
 
-// PyTorch's formula, as in update.cu. `buffers` and `copies` may be null, or hold null. What is skipped is not read.
+// PyTorch's formula, as in update.cu. `buffers` may be null, or hold null. What is skipped is not read.
 // at most 40 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
 multi_sgd(const int* chunks, const long long* sizes, real* const* data, const real* const* grads, real* const* buffers,
-          narrow* const* copies, const double* hyper, const double* control, const int* found) {
+          const double* hyper, const double* control, const int* found) {
     enum { RATE, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, COLUMNS };
     if (found && *found) return;
     const double* const mine = hyper + WHICH * COLUMNS;
@@ -48,7 +47,6 @@ multi_sgd(const int* chunks, const long long* sizes, real* const* data, const re
     const bool nesterov = mine[NESTEROV] != 0;
     real* const weights = data[WHICH];
     real* const buffer = buffers && momentum != 0 ? buffers[WHICH] : nullptr;
-    narrow* const copy = copies ? copies[WHICH] : nullptr;
     const real* const grad = grads[WHICH];
     const long long end = END;
     for (long long i = FIRST; i < end; i += THREADS) {
@@ -59,9 +57,7 @@ multi_sgd(const int* chunks, const long long* sizes, real* const* data, const re
             buffer[i] = (real)v;
             step = nesterov ? g + momentum * v : v;
         }
-        const sum updated = w - lr * step;
-        weights[i] = (real)updated;
-        if (copy) copy[i] = (narrow)(float)updated;
+        weights[i] = (real)(w - lr * step);
     }
 }
 
@@ -69,8 +65,8 @@ multi_sgd(const int* chunks, const long long* sizes, real* const* data, const re
 // at most 48 registers, 16 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
 multi_adam(const int* chunks, const long long* sizes, real* const* data, const real* const* grads,
-           real* const* exp_avgs, real* const* exp_avg_sqs, narrow* const* copies, const double* hyper,
-           const double* control, const int* found) {
+           real* const* exp_avgs, real* const* exp_avg_sqs, const double* hyper, const double* control,
+           const int* found) {
     enum { RATE, BETA1, BETA2, EPS, DECAY, DECOUPLED, COLUMNS };
     __shared__ sum shared[2];
     if (found && *found) return;
@@ -89,7 +85,6 @@ multi_adam(const int* chunks, const long long* sizes, real* const* data, const r
     real* const weights = data[WHICH];
     real* const exp_avg = exp_avgs[WHICH];
     real* const exp_avg_sq = exp_avg_sqs[WHICH];
-    narrow* const copy = copies ? copies[WHICH] : nullptr;
     const real* const grad = grads[WHICH];
     const long long end = END;
     for (long long i = FIRST; i < end; i += THREADS) {
@@ -98,9 +93,7 @@ multi_adam(const int* chunks, const long long* sizes, real* const* data, const r
         const sum v = beta2 * (sum)exp_avg_sq[i] + gain2 * (g * g);
         exp_avg[i] = (real)m;
         exp_avg_sq[i] = (real)v;
-        const sum updated = keep * w - rate * m / ((sum)sqrt(v) / correction + eps);
-        weights[i] = (real)updated;
-        if (copy) copy[i] = (narrow)(float)updated;
+        weights[i] = (real)(keep * w - rate * m / ((sum)sqrt(v) / correction + eps));
     }
 }
 

@@ -15,7 +15,6 @@ from ..multi_tensor import (
     multi_sgd_update,
     update_scale_,
 )
-from ..narrow import HALVES
 from .launch import REALS, Kernel
 from .source import macros
 from .tunable import Tunable
@@ -71,18 +70,9 @@ def _flag(found):
     return found is None or (found.dtype == np.int32 and found.shape == (1,))
 
 
-def _copies_fit(copies, data):
-    if copies is None:
-        return True
-    plain = all(
-        c.dtype in HALVES and c.dtype == copies[0].dtype and c.ndim == 1 and c.flags.c_contiguous for c in copies
-    )
-    return plain and [c.size for c in copies] == [w.size for w in data]
-
-
-def _run(kernel, control, hyper, data, *lists, copies, found):
+def _run(kernel, control, hyper, data, *lists, found):
     chunks, sizes = _layout(data, device_of(control))
-    kernel((len(chunks),), (CHUNKS["THREADS"],), chunks, sizes, data, *lists, copies, hyper, control, found)
+    kernel((len(chunks),), (CHUNKS["THREADS"],), chunks, sizes, data, *lists, hyper, control, found)
 
 
 @found_nonfinite_.variant("cuda", device="cuda", supports=lambda grads, found: _flat(grads) and _flag(found))
@@ -92,29 +82,24 @@ def found_nonfinite_cuda(grads, found):
     FOUND_NONFINITE((len(chunks),), (CHUNKS["THREADS"],), chunks, sizes, grads, found)
 
 
-def _able_sgd(control, hyper, data, grads, momentum_buffers, copies=None, found=None):
-    return (
-        _numbers(control, hyper, SGD_COLUMNS, found)
-        and _flat(data, grads, momentum_buffers)
-        and _copies_fit(copies, data)
-    )
+def _able_sgd(control, hyper, data, grads, momentum_buffers, found=None):
+    return _numbers(control, hyper, SGD_COLUMNS, found) and _flat(data, grads, momentum_buffers)
 
 
 @multi_sgd_update.variant("cuda", device="cuda", supports=_able_sgd)
-def multi_sgd_update_cuda(control, hyper, data, grads, momentum_buffers, copies=None, found=None):
+def multi_sgd_update_cuda(control, hyper, data, grads, momentum_buffers, found=None):
     """one launch for all: every array is read once and written once"""
-    _run(SGD, control, hyper, data, grads, momentum_buffers, copies=copies, found=found)
+    _run(SGD, control, hyper, data, grads, momentum_buffers, found=found)
 
 
-def _able_adam(control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=None, found=None):
-    held = _flat(data, grads, exp_avgs, exp_avg_sqs)
-    return held and _numbers(control, hyper, ADAM_COLUMNS, found) and _copies_fit(copies, data)
+def _able_adam(control, hyper, data, grads, exp_avgs, exp_avg_sqs, found=None):
+    return _numbers(control, hyper, ADAM_COLUMNS, found) and _flat(data, grads, exp_avgs, exp_avg_sqs)
 
 
 @multi_adam_update.variant("cuda", device="cuda", supports=_able_adam)
-def multi_adam_update_cuda(control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=None, found=None):
+def multi_adam_update_cuda(control, hyper, data, grads, exp_avgs, exp_avg_sqs, found=None):
     """one launch for all: every array is read once and written once"""
-    _run(ADAM, control, hyper, data, grads, exp_avgs, exp_avg_sqs, copies=copies, found=found)
+    _run(ADAM, control, hyper, data, grads, exp_avgs, exp_avg_sqs, found=found)
 
 
 @update_scale_.variant("cuda", device="cuda", supports=lambda control, found, *rest, **more: _flag(found))
