@@ -31,9 +31,9 @@ __device__ __forceinline__ float2 plus(float2 v, const narrow* more) {
 // the same four rows of the left tile, and one column, whose tap moves on by additions.
 // at most 128 registers, 0 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_tensor(const narrow* x, const narrow* w, const narrow* bias, const narrow* residual, narrow* y, int m, int height,
-              int width, int c, int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw, int dh,
-              int dw, int relu) {
+conv2d_tensor(const narrow* x, const narrow* w, const narrow* bias, const narrow* residual, narrow* y, int m,
+              int height, int width, int c, int kh, int kw, int o, int oh, int ow, int sh, int sw, int ph, int pw,
+              int dh, int dw, int relu) {
     DYNAMIC_SHARED(narrow, tiles);
     narrow* const tiles_b = tiles + STAGES * BLOCK_M * PITCH_A;
     const int across_blocks = (o + BLOCK_N - 1) / BLOCK_N, depth = kh * kw * c;
@@ -50,7 +50,8 @@ conv2d_tensor(const narrow* x, const narrow* w, const narrow* bias, const narrow
     }
     float sum[WARP_M / 16][WARP_N / 8][4] = {};
 
-    auto fetch = [&](int first, int stage) {  // of first = 0, BLOCK_K, 2 BLOCK_K, ...
+    auto fetch = [&](int step, int stage) {  // of step 0, 1, 2, ...
+        const int first = step * BLOCK_K;
         narrow* const to_a = tiles + stage * BLOCK_M * PITCH_A;
         narrow* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
         while (channel >= c && down < kh) {
@@ -73,21 +74,12 @@ conv2d_tensor(const narrow* x, const narrow* w, const narrow* bias, const narrow
         }
     };
 
-    const int steps = (depth + BLOCK_K - 1) / BLOCK_K;
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) fetch(s * BLOCK_K, s);
-        cp_commit();  // a group for each step, empty ones too: so that counting groups counts steps
-    }
-    for (int step = 0; step < steps; step++) {
-        cp_wait<STAGES - 2>();
-        __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
-        if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
-        cp_commit();
-        const narrow* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
-        const narrow* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+    pipelined<STAGES>((depth + BLOCK_K - 1) / BLOCK_K, fetch, [&](int stage) {
+        const narrow* const tile_a = tiles + stage * BLOCK_M * PITCH_A;
+        const narrow* const tile_b = tiles_b + stage * BLOCK_K * PITCH_B;
         multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_A, PITCH_B, false>(
             tile_a + warp_row * PITCH_A, tile_b + warp_column, lane, sum);
-    }
+    });
 #pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)
 #pragma unroll
@@ -124,7 +116,8 @@ conv2d_grad_w_tensor(const narrow* gy, const narrow* x, float* parts, int m, int
     int image = (begin + mine) / ow / oh, p = (begin + mine) / ow % oh, q = (begin + mine) % ow;
     float sum[WARP_M / 16][WARP_N / 8][4] = {};
 
-    auto fetch = [&](int first, int stage) {  // of first = begin, begin + BLOCK_K, ...
+    auto fetch = [&](int step, int stage) {  // of step 0, 1, 2, ...
+        const int first = begin + step * BLOCK_K;
         narrow* const to_a = tiles + stage * BLOCK_K * PITCH_T;
         narrow* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
         int image_of = image, p_of = p, q_of = q;
@@ -149,21 +142,12 @@ conv2d_grad_w_tensor(const narrow* gy, const narrow* x, float* parts, int m, int
         }
     };
 
-    const int steps = (end - begin + BLOCK_K - 1) / BLOCK_K;
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) fetch(begin + s * BLOCK_K, s);
-        cp_commit();
-    }
-    for (int step = 0; step < steps; step++) {
-        cp_wait<STAGES - 2>();
-        __syncthreads();
-        if (step + STAGES - 1 < steps) fetch(begin + (step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
-        cp_commit();
-        const narrow* const tile_a = tiles + step % STAGES * BLOCK_K * PITCH_T;
-        const narrow* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+    pipelined<STAGES>((end - begin + BLOCK_K - 1) / BLOCK_K, fetch, [&](int stage) {
+        const narrow* const tile_a = tiles + stage * BLOCK_K * PITCH_T;
+        const narrow* const tile_b = tiles_b + stage * BLOCK_K * PITCH_B;
         multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_T, PITCH_B, true>(tile_a + warp_row, tile_b + warp_column,
                                                                                lane, sum);
-    }
+    });
 #pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)
 #pragma unroll

@@ -29,7 +29,8 @@ gemm_tensor(const narrow* a, const narrow* b, narrow* c, int m, int n, int k) {
     const int warp_row = warp / 4 * WARP_M, warp_column = warp % 4 * WARP_N;
     float sum[WARP_M / 16][WARP_N / 8][4] = {};
 
-    auto fetch = [&](int first, int stage) {
+    auto fetch = [&](int step, int stage) {
+        const int first = step * BLOCK_K;
         narrow* const to_a = tiles + stage * BLOCK_M * PITCH_A;
         narrow* const to_b = tiles_b + stage * BLOCK_K * PITCH_B;
 #pragma unroll
@@ -46,21 +47,12 @@ gemm_tensor(const narrow* a, const narrow* b, narrow* c, int m, int n, int k) {
         }
     };
 
-    const int steps = (k + BLOCK_K - 1) / BLOCK_K;
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) fetch(s * BLOCK_K, s);
-        cp_commit();  // a group for each step, empty ones too: so that counting groups counts steps
-    }
-    for (int step = 0; step < steps; step++) {
-        cp_wait<STAGES - 2>();
-        __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
-        if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) * BLOCK_K, (step + STAGES - 1) % STAGES);
-        cp_commit();
-        const narrow* const tile_a = tiles + step % STAGES * BLOCK_M * PITCH_A;
-        const narrow* const tile_b = tiles_b + step % STAGES * BLOCK_K * PITCH_B;
+    pipelined<STAGES>((k + BLOCK_K - 1) / BLOCK_K, fetch, [&](int stage) {
+        const narrow* const tile_a = tiles + stage * BLOCK_M * PITCH_A;
+        const narrow* const tile_b = tiles_b + stage * BLOCK_K * PITCH_B;
         multiply_warp<WARP_M / 16, WARP_N / 8, BLOCK_K, PITCH_A, PITCH_B, false>(
             tile_a + warp_row * PITCH_A, tile_b + warp_column, lane, sum);
-    }
+    });
 #pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)
 #pragma unroll

@@ -1,4 +1,4 @@
-// What a warp multiplies on tensor cores, of gemm_tensor.cu and conv2d_tensor.cu: fp16 or bf16, sums
+// The loop of gemm_tensor.cu and conv2d_tensor.cu, and what a warp multiplies in it on tensor cores: fp16 or bf16, sums
 // in fp32.
 #pragma once
 
@@ -26,5 +26,22 @@ __device__ __forceinline__ void multiply_warp(const narrow* a, const narrow* b, 
         for (int i = 0; i < M; i++)
 #pragma unroll
             for (int j = 0; j < N; j++) mma_16x8x16<narrow>(sum[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+    }
+}
+
+// For each step `use(stage)`, which multiplies the pair of tiles that `fetch(step, stage)` has asked for: COUNT - 1
+// steps before, as there is room for COUNT pairs.
+template <int COUNT, typename Fetch, typename Use>
+__device__ __forceinline__ void pipelined(int steps, Fetch fetch, Use use) {
+    for (int s = 0; s < COUNT - 1; s++) {
+        if (s < steps) fetch(s, s);
+        cp_commit();  // a group for each step, empty ones too: so that counting groups counts steps
+    }
+    for (int step = 0; step < steps; step++) {
+        cp_wait<COUNT - 2>();
+        __syncthreads();  // all have their part of this step's tiles; and all are done with those of the step before
+        if (step + COUNT - 1 < steps) fetch(step + COUNT - 1, (step + COUNT - 1) % COUNT);
+        cp_commit();
+        use(step % COUNT);
     }
 }
