@@ -28,7 +28,11 @@ def _control(step=0, scale=1.0):
     return np.array([0.1, step, scale, 7, 1])
 
 
-ENDS = (({}, 1.0), ({"found": _flag(0)}, 1024.0), ({"found": _flag(1)}, 1024.0))  # a good step, and a skipped one
+ENDS: tuple = (
+    ({}, 1.0),
+    ({"found": _flag(0)}, 1024.0),
+    ({"found": _flag(1)}, 1024.0),
+)  # a good step, and a skipped one
 
 
 def multi_sgd_update(rng, dtype):
