@@ -27,7 +27,7 @@ from nanocnn.kernels.dispatch import DEVICES, ChoiceError, DeviceError, choices_
 from nanocnn.optim import OPTIMIZERS, Optimizer, decay_groups
 from nanocnn.parallel import Alone, Comm, GradientAverager
 from nanocnn.parallel.launcher import launched
-from nanocnn.precision import LossScaler, NonFiniteGradient, precision
+from nanocnn.precision import LossScaler, NonFiniteGradient, default_scaler, precision
 from nanocnn.precision import check as check_precision
 from nanocnn.profile import Profile, merge_traces
 from nanocnn.progress import say
@@ -228,9 +228,9 @@ def make_optimizer(args: argparse.Namespace, model: nc.nn.Module) -> Optimizer:
 
 
 def make_scaler(args: argparse.Namespace) -> LossScaler:
-    """What `--loss-scale` says; without it a dynamic one with precision=fp16, and else one that does nothing."""
+    """What `--loss-scale` says; without it what the precision needs."""
     if args.loss_scale is None:
-        return LossScaler(enabled=precision.value == "fp16")
+        return default_scaler()
     return LossScaler() if args.loss_scale == "dynamic" else LossScaler(args.loss_scale, dynamic=False)
 
 

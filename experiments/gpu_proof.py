@@ -101,8 +101,11 @@ def run(args, name, seconds):
 def verdict(found):
     """A section in a few words."""
     checks = [row["ok"] for row in found["rows"] if "ok" in row]
+    idle = sum(not row.get("ran", True) for row in found["rows"])
+    rest = len(found["rows"]) - len(checks) - idle
     words = [f"{sum(checks)} of {len(checks)} checks passed"] if checks else []
-    words += [plural(len(found["rows"]) - len(checks), "row")] if len(found["rows"]) > len(checks) else []
+    words += [plural(rest, "row")] if rest else []
+    words += [f"{idle} not run"] if idle else []
     return ", ".join([*words, *filter(None, [found["wrong"]])]) or "nothing"
 
 
@@ -110,11 +113,17 @@ def passed(found):
     return bool(found["rows"]) and not found["wrong"] and all(row.get("ok", True) for row in found["rows"])
 
 
+def outcome(found):
+    if passed(found) and not any(row.get("ran", True) for row in found["rows"]):
+        return "not run"
+    return "passed" if passed(found) else "FAILED"
+
+
 def text_of(results, facts):
     """The report to read: a summary, then each section's rows as columns."""
     lines = [f"gpu_proof, {facts['date']}, device {facts['device']}{', quick' * facts['quick']}", ""]
     for name, found in results.items():
-        lines.append(f"{'passed' if passed(found) else 'FAILED'}  {name}: {verdict(found)} ({found['seconds']:.0f} s)")
+        lines.append(f"{outcome(found):7}  {name}: {verdict(found)} ({found['seconds']:.0f} s)")
     for name, found in results.items():
         lines += ["", f"== {name}: {found['about']}", *columns(found["rows"])]
     return "\n".join(lines) + "\n"

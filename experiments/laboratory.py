@@ -28,7 +28,7 @@ from nanocnn.machine import machine_facts
 from nanocnn.models import alexnet_cifar, resnet18
 from nanocnn.optim import SGD, decay_groups
 from nanocnn.parallel import Alone, GradientAverager
-from nanocnn.precision import LossScaler, precision
+from nanocnn.precision import default_scaler
 from nanocnn.profile import Profile
 from nanocnn.progress import say
 from nanocnn.record import peak_memory
@@ -147,7 +147,7 @@ class Training:
         groups = decay_groups(self.net.named_parameters(), 5e-4)
         self.optimizer = SGD(groups, options["lr"], momentum=0.9, nesterov=True)
         self.averager = GradientAverager(self.optimizer.buckets, Alone())
-        self.scaler = LossScaler(enabled=precision.value == "fp16")
+        self.scaler = default_scaler()
         augment = common.make_augment(argparse.Namespace(**options, no_flip=False, crop_padding=4, cutout=0), data)
         loader = Loader(data.train, options["batch"], augment=augment, shuffle=True, seed=seed)
         self.batches, self.seconds, self.taken = _endless(loader), [], 0

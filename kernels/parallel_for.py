@@ -28,10 +28,14 @@ def parallel_for(typing_context, count, function, arguments):
     `function` is an @njit function that returns nothing. Numbers reach it as numbers, literal or not, so that it is
     compiled once. An exception in it becomes a RuntimeError here, after the loop.
     """
-    if not isinstance(function, types.Dispatcher) or not isinstance(arguments, types.BaseTuple):
-        raise errors.TypingError(f"parallel_for(count, an @njit function, (arguments)), not {function}, {arguments}")
+    kinds_fit = isinstance(types.unliteral(count), types.Integer) and isinstance(arguments, types.BaseTuple)
+    if not kinds_fit or not isinstance(function, types.Dispatcher):
+        expected = "an integer, an @njit function, (arguments)"
+        raise errors.TypingError(f"parallel_for({expected}), not {count}, {function}, {arguments}")
     kinds = [_plain(kind) for kind in arguments.types]
     called = function.get_call_type(typing_context, (types.intp, *kinds), {})
+    if len(called.args) != 1 + len(kinds):
+        raise errors.TypingError(f"{function} takes {len(called.args)} arguments, parallel_for gives {1 + len(kinds)}")
     if called.return_type != types.none:
         raise errors.TypingError(f"a function for parallel_for returns nothing, this one {called.return_type}")
 

@@ -127,14 +127,19 @@ class LossScaler:
 
     def refusal(self, scale: float) -> NonFiniteGradient:
         """The error for an overflow that no smaller scale would cure."""
-        if not self.enabled:
+        if not self.enabled or self.looks_only:
             return NonFiniteGradient("a gradient is not finite")
         least = f"{scale:g}, the floor of the dynamic" if self.dynamic else f"{scale:g}, the static"
         return NonFiniteGradient(f"a gradient is not finite at {least} loss scale")
 
     def figures(self) -> dict[str, float]:
-        """What a run records of it; nothing if it is not enabled."""
-        return {"loss_scale": self.scale, "skipped_steps": self.skipped} if self.enabled else {}
+        """What a run records of it; nothing if it scales nothing."""
+        return {"loss_scale": self.scale, "skipped_steps": self.skipped} if self.enabled and not self.looks_only else {}
+
+    @property
+    def looks_only(self) -> bool:
+        """Whether it is static and 1: gradients are tested, and that is all."""
+        return not self.dynamic and self.scale == 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
@@ -149,10 +154,18 @@ class LossScaler:
         self.skipped = int(state["skipped"])
 
 
+def default_scaler() -> LossScaler:
+    """For the precision that is chosen now. With fp16 it is dynamic. With bf16, which ends where float32 does, it is 1,
+    but gradients that are not finite are found. With fp32 nothing is done."""
+    if precision.value == "fp32":
+        return LossScaler(enabled=False)
+    return LossScaler() if precision.value == "fp16" else LossScaler(1.0, dynamic=False)
+
+
 def _unscaled(grads: Sequence[Any], factor: float) -> bool:
     """Multiply all of them, and say whether they are finite. Of a device the host asks that once, not of each array: it
     waits for the answer."""
-    if device_of(grads[0]) == "cpu":
+    if not grads or device_of(grads[0]) == "cpu":
         return all(unscale_(grad, factor) for grad in grads)
     found = xp_of(grads[0]).zeros(1, np.int32)
     found_nonfinite_(grads, found)

@@ -64,7 +64,8 @@ def train_step(
     stop: bool = False,
     scaler: LossScaler = UNSCALED,
 ) -> StepResult:
-    """Forward, backward, average, update; the update is left out if `scaler` finds an overflow.
+    """Forward, backward, average, update; the update is left out if `scaler` finds an overflow (without one, which is
+    for float32, gradients are looked at only where the whole step is recorded).
 
     Raises, on all ranks alike and before the update, NonFiniteLoss if the global loss is NaN or infinite, which no loss
     scale would change, and NonFiniteGradient if a gradient is at the smallest scale. In half precision both name the
@@ -162,7 +163,7 @@ def _explained(
     comm: Comm,
 ) -> NonFiniteGradient:
     """The error with the place of the step, the first layer that overflowed, and what to do."""
-    advice = _remedy() if scaler.dynamic else "with a smaller --loss-scale, or a dynamic one"
+    advice = _remedy() if scaler.dynamic or scaler.looks_only else "with a smaller --loss-scale, or a dynamic one"
     where = _named_overflow(model, batch, scale, label_smoothing, comm, advice)
     return NonFiniteGradient(f"{error} in epoch {batch.epoch + 1}, step {batch.step + 1}{where}")
 

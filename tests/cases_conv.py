@@ -103,7 +103,7 @@ def matmul(rng, dtype):
         turned = np.ascontiguousarray(p.T).T, np.ascontiguousarray(q.T).T
         epilogue = {"bias": rng.standard_normal(n).astype(dtype), "relu": True}
         calls += [((x, y), epilogue) for x in (p, turned[0], p[:, ::-1]) for y in (q, turned[1])]
-    if dtype == np.float16:  # of tensor cores alone: several of their blocks, and steps through all stages
+    if np.dtype(dtype).itemsize == 2:  # of tensor cores alone: several of their blocks, and steps through all stages
         p, q = rng.standard_normal((136, 392)).astype(dtype), rng.standard_normal((392, 264)).astype(dtype)
         calls.append(((p, q), {"bias": rng.standard_normal(264).astype(dtype), "relu": True}))
     return [*calls, ((a, b.T), {}), ((a.T, a), {"out": np.empty((7, 7), dtype)})]

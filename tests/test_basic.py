@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import nanocnn.functional as F
 from nanocnn.kernels.dispatch import using
+from nanocnn.kernels.narrow import HALVES
 from nanocnn.tensor import Tensor
 from nanocnn.testing import check_gradients
 
@@ -173,3 +174,16 @@ def test_elementwise_gradients_of_any_shape(policy, shape, seed):
         check_gradients(F.exp, x)
         check_gradients(F.log, x)
         check_gradients(lambda t: F.cast(F.cast(t, np.longdouble) ** 2, np.float64), x)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_long_sums_of_halves_are_made_in_float32(dtype):
+    many = Tensor(np.ones(70_000, dtype), requires_grad=True)
+    mean = F.mean(many)
+    mean.backward()
+    assert mean.dtype == many.grad.dtype == dtype
+    assert float(mean.data) == 1
+    assert float(many.grad[0]) == float(dtype.type(1 / 70_000))
+    once = Tensor(np.ones(3, dtype), requires_grad=True)
+    once[np.zeros(5000, int)].sum().backward()
+    np.testing.assert_array_equal(once.grad, np.array([5000, 0, 0]).astype(dtype))

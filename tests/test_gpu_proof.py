@@ -32,10 +32,10 @@ def test_sections_run_one_by_one_and_leave_two_reports(tmp_path):
     assert done.status == 0, done.output
     told = json.loads((tmp_path / "gpu_proof.json").read_text())
     assert list(told["sections"]) == ["copies", "launches"]
-    assert told["sections"]["copies"]["rows"] == [{"what": "copies", "note": "needs a GPU"}]
+    assert told["sections"]["copies"]["rows"] == [{"what": "copies", "ran": False, "note": "needs a GPU"}]
     assert told["machine"]["processor"]
     text = (tmp_path / "gpu_proof.txt").read_text()
-    assert "passed  copies: 1 row" in text
+    assert "not run  copies: 1 not run (" in text
     assert "== launches: what a launch costs the host" in text
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_proof.json", "gpu_proof.txt"}
 
@@ -59,14 +59,18 @@ def test_a_section_that_fails_or_hangs_says_so(tmp_path, monkeypatch):
 
 def test_reports_say_what_failed():
     good = dict(rows=[dict(a=1, ok=True), dict(b="x", note="why")], wrong="", seconds=1.2, about="good")
+    idle = dict(
+        rows=[dict(a=1, ok=True), dict(what="c", ran=False, note="no time")], wrong="", seconds=1.0, about="idle"
+    )
     bad = dict(rows=[dict(a=1.23456, ok=False), dict(a=2.0, ok=True)], wrong="", seconds=3.0, about="bad")
     cut = dict(rows=[dict(a=1)], wrong="ended after 5 s, its limit", seconds=5.0, about="cut")
     nothing = dict(rows=[], wrong="", seconds=0.0, about="nothing")
-    assert [script.passed(found) for found in (good, bad, cut, nothing)] == [True, False, False, False]
-    text = script.text_of(dict(good=good, bad=bad, cut=cut), dict(date="today", device="cuda", quick=False))
-    assert "passed  good: 1 of 1 checks passed, 1 row (1 s)" in text
-    assert "FAILED  bad: 1 of 2 checks passed (3 s)" in text
-    assert "FAILED  cut: 1 row, ended after 5 s, its limit (5 s)" in text
+    assert [script.passed(found) for found in (good, idle, bad, cut, nothing)] == [True, True, False, False, False]
+    text = script.text_of(dict(good=good, idle=idle, bad=bad, cut=cut), dict(date="today", device="cuda", quick=False))
+    assert "passed   good: 1 of 1 checks passed, 1 row (1 s)" in text
+    assert "passed   idle: 1 of 1 checks passed, 1 not run (1 s)" in text
+    assert "FAILED   bad: 1 of 2 checks passed (3 s)" in text
+    assert "FAILED   cut: 1 row, ended after 5 s, its limit (5 s)" in text
     assert "1.235  NO" in text
     assert "why" in text
 

@@ -148,8 +148,29 @@ def _no_tuple(x):
     parallel_for(len(x), _fail, x)
 
 
+@njit
+def _with_a_default(i, x, y=0):
+    x[i] = y
+
+
+@njit
+def _too_few(x):
+    parallel_for(len(x), _with_a_default, (x,))
+
+
+@njit
+def _no_integer(x):
+    parallel_for(2.5, _fail, (x,))
+
+
 @pytest.mark.parametrize(
-    ("kernel", "message"), [(_wrong_function, "returns nothing"), (_no_tuple, "an @njit function")]
+    ("kernel", "message"),
+    [
+        (_wrong_function, "returns nothing"),
+        (_no_tuple, "an @njit function"),
+        (_too_few, "takes 3 arguments, parallel_for gives 2"),
+        (_no_integer, "an integer, an @njit function"),
+    ],
 )
 def test_what_cannot_be_is_refused(kernel, message):
     with pytest.raises(numba.TypingError, match=message):

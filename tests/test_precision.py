@@ -21,8 +21,8 @@ from nanocnn.kernels.emulated_array import Emulated
 from nanocnn.kernels.narrow import HALVES, NARROW
 from nanocnn.models import alexnet_cifar, lenet5
 from nanocnn.parallel import Alone, GradientAverager
-from nanocnn.precision import LossScaler, NonFiniteGradient, at_entrance, check, first_overflow
-from nanocnn.tensor import Tensor
+from nanocnn.precision import LossScaler, NonFiniteGradient, at_entrance, check, default_scaler, first_overflow
+from nanocnn.tensor import Op, Tensor
 from nanocnn.train import NonFiniteLoss, overflow_of_step, train_step
 
 sys.path.insert(0, str(ROOT / "experiments"))  # a script's neighbours are found beside it
@@ -353,6 +353,41 @@ def test_an_activation_that_overflows_is_an_error_that_no_scale_would_mend():
     assert scaler.skipped == 0
 
 
+class _Infinite(Op):
+    def forward(self, x):
+        return x.copy()
+
+    def backward(self, gy):
+        gx = gy.copy()
+        gx[0] = np.inf
+        return gx
+
+
+class _Overflows(nn.Module):
+    def forward(self, x):
+        return _Infinite.apply(x)
+
+
+@NEEDS_GXX
+@NEEDS_BFLOAT16
+@pytest.mark.parametrize("graph", ["off", "on"])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_in_bfloat16_an_infinite_gradient_changes_no_weight(device, graph):
+    nc.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), _Overflows()).to(device)
+    optimizer = nc.optim.SGD(model.named_parameters(), 0.1)
+    averager, before = GradientAverager(optimizer.buckets, Alone()), np.array(optimizer.buckets[0].data)
+    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    batch = Batch(x, np.arange(6) % 5, np.arange(6), 6, 0, 0)
+    with nc.using(precision="bf16", graph=graph), np.errstate(invalid="ignore"):
+        scaler = default_scaler()
+        with pytest.raises(NonFiniteGradient, match=r"^a gradient is not finite in epoch 1, step 1.*lower learning"):
+            train_step(model, batch, optimizer, 0.1, averager, scaler=scaler)
+    np.testing.assert_array_equal(np.asarray(optimizer.buckets[0].data), before)
+    assert scaler.figures() == {}
+    assert scaler.unscale([])
+
+
 def test_a_gradient_that_overflows_skips_steps_and_at_the_floor_is_an_error():
     model, batch, scale = planted("gradient")
     optimizer = nc.optim.SGD(model.named_parameters(), 0.1)
@@ -399,7 +434,7 @@ def test_bfloat16_without_its_package_is_an_error_that_names_it(monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "asked", "expected"),
-    [("fp32", None, (False, 1.0)), ("fp16", None, (True, 2.0**16)), ("bf16", None, (False, 1.0)),
+    [("fp32", None, (False, 1.0)), ("fp16", None, (True, 2.0**16)), ("bf16", None, (True, 1.0)),
      ("bf16", "dynamic", (True, 2.0**16)), ("bf16", 8.0, (True, 8.0))],
 )  # fmt: skip
 def test_which_loss_scale_a_script_makes(precision, asked, expected):

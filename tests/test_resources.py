@@ -56,8 +56,24 @@ def test_nvcc_keeps_the_budget_too(file, architecture, monkeypatch):
         assert found[name].registers <= kernel.registers
         assert found[name].shared <= kernel.shared
     monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
-    with pytest.raises(DeviceError, match=r"neither nvcc on PATH nor NVRTC .* pip install 'nanocnn\[nvrtc\]'"):
+    with pytest.raises(DeviceError, match=r"neither nvcc on PATH nor NVRTC .* pip install .*\[nvrtc\]'"):
         resources(file, architecture)
+
+
+def test_of_two_compilers_that_of_the_drivers_cuda_is_taken(monkeypatch, tmp_path):
+    files = ("cu13/lib/libnvrtc.so.13", "cu13/include/cuda_fp16.h", "cuda_nvrtc/lib/libnvrtc.so.12")
+    for name in (*files, "cuda_nvrtc/include/nvrtc.h", "cuda_runtime/include/cuda_fp16.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(compilers, "_of_the_wheels", lambda: [tmp_path])
+    monkeypatch.setattr(compilers.ctypes, "CDLL", str)
+    found = compilers._nvrtc.__wrapped__
+    assert found(13) == (f"{tmp_path}/cu13/lib/libnvrtc.so.13", (f"-I{tmp_path}/cu13/include",))
+    library, includes = found(12)
+    assert library == f"{tmp_path}/cuda_nvrtc/lib/libnvrtc.so.12"
+    assert set(includes) == {f"-I{tmp_path}/cuda_nvrtc/include", f"-I{tmp_path}/cuda_runtime/include"}
+    with pytest.raises(DeviceError, match="no compiler for CUDA 11"):
+        found(11)
 
 
 def test_what_the_compiler_says():

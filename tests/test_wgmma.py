@@ -184,6 +184,7 @@ def test_tiles_are_read_and_written_without_conflicts():
 
 PLANTS = {  # in the kernel itself: what is another, and what comes of it
     "no swizzle": ("swizzled(r, t % 8)", "r * 64 + t % 8 * 8", None),
+    "no cp_commit": ("cp_commit();", "", None),
     "a stage too few": ("STAGES - 2", "STAGES - 1", "is written while this wgmma may read it"),
 }
 

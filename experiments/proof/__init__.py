@@ -64,6 +64,6 @@ def section(seconds: float) -> Callable[[Callable[[Context], Iterator[Row]]], Ca
     return register
 
 
-def only_on_gpu(what: str) -> Row:
-    """The row of a section that has nothing to say without a GPU."""
-    return dict(what=what, note="needs a GPU")
+def not_run(what: str, why: str = "needs a GPU") -> Row:
+    """The row of what was not tried: it neither passed nor failed."""
+    return dict(what=what, ran=False, note=why)

@@ -29,10 +29,10 @@ from nanocnn.ladder import in_float64, outputs
 from nanocnn.precision import check
 from nanocnn.traffic import on_emulator
 
-from . import Context, Row, only_on_gpu, section
+from . import Context, Row, not_run, section
 
 ROOT = Path(__file__).resolve().parents[2]
-DTYPES = (np.float64, np.float32, np.float16)  # and bfloat16 where the GPU has it; in the emulator tests have tried it
+DTYPES = (np.float64, np.float32, np.float16)  # and bfloat16 where the device has it
 # Largest difference over largest value, by what a kernel returns. Inputs are the same; sums of halves are float32.
 TOLERANCES = {"bfloat16": 1.6e-2, "float16": 2e-3, "float32": 5e-5, "float64": 1e-11}
 FOUND = re.compile(r"Invalid|Race reported|Error: |Program hit|SUMMARY: [1-9]")  # of compute-sanitizer's lines
@@ -74,7 +74,7 @@ def on_device(context: Context) -> Iterator[tuple[Primitive, Variant, str, list[
 
 def bfloat16(context: Context) -> tuple[Any, ...]:
     """It, or nothing where the GPU, CuPy or NumPy has none; nothing under the sanitizer, which takes long."""
-    if not context.on_gpu or context.sanitized:
+    if context.sanitized:
         return ()
     with nc.using(precision="bf16"):
         try:
@@ -186,7 +186,7 @@ def build_for_gpu() -> int:
 def emulator(context: Context) -> Iterator[Row]:
     """the emulator against the hardware: the same kernels on the same numbers"""
     if not context.on_gpu:
-        yield only_on_gpu("emulator against hardware")
+        yield not_run("emulator against hardware")
         return
     build_emulator()
     for p, variant, dtype, pairs in on_device(Context(context.device, quick=True)):
@@ -207,11 +207,11 @@ def emulator(context: Context) -> Iterator[Row]:
 def sanitizer(context: Context) -> Iterator[Row]:
     """NVIDIA's compute-sanitizer over the section `kernels` in its short form: memcheck, racecheck"""
     if not context.on_gpu:
-        yield only_on_gpu("compute-sanitizer; in `kernels`, the emulator's own checks were on")
+        yield not_run("compute-sanitizer; in `kernels`, the emulator's own checks were on")
         return
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
-        yield dict(tool="compute-sanitizer", note="not on this machine: it comes with the CUDA toolkit")
+        yield not_run("compute-sanitizer", "not on this machine: it comes with the CUDA toolkit")
         return
     with tempfile.TemporaryDirectory() as folder:
         runs = {tool: sanitized(program, tool, Path(folder, tool)) for tool in ("memcheck", "racecheck")}

@@ -18,7 +18,7 @@ from nanocnn.kernels.elementwise import relu
 from nanocnn.sweep import seconds_by_events
 from nanocnn.traffic import count, on_emulator
 
-from . import Context, Row, only_on_gpu, section
+from . import Context, Row, not_run, section
 
 # Primitive, dtype, sizes on a GPU, sizes in the emulator. Convolutions are those of ResNet-18 at batch 128.
 PRODUCTS = (
@@ -113,7 +113,7 @@ def _timed_ladder(name: str, dtype: str, large: dict[str, Any], top: dict[str, f
 def launches(context: Context) -> Iterator[Row]:
     """what a launch costs the host, and what it costs when they come one after the other"""
     if not context.on_gpu:
-        yield only_on_gpu("launch overhead")
+        yield not_run("launch overhead")
         return
     x = to_device(np.ones(32, np.float32), "cuda")
     calls: dict[str, Callable[[], Any]] = {
@@ -134,7 +134,7 @@ def launches(context: Context) -> Iterator[Row]:
 def copies(context: Context) -> Iterator[Row]:
     """from host to device: pageable, pinned, and pinned while a matrix product runs"""
     if not context.on_gpu:
-        yield only_on_gpu("copies")
+        yield not_run("copies")
         return
     import cupy
 

@@ -23,21 +23,15 @@ from nanocnn.data import Batch, Loader, load
 from nanocnn.kernels.dispatch import to_device
 from nanocnn.models import lenet5
 from nanocnn.parallel import Alone, GradientAverager
-from nanocnn.precision import LossScaler, at_entrance
-from nanocnn.precision import precision as switch
+from nanocnn.precision import at_entrance, default_scaler
 from nanocnn.train import train_step
 
-from . import Context, Row, only_on_gpu, section
+from . import Context, Row, not_run, section
 from .correct import bfloat16
 
 HERE = Path(__file__).resolve().parent.parent
 LR = 0.02
 ROUNDS, TURN = 5, 0.3  # turns of each framework, and seconds of one, about
-
-
-def loss_scaler() -> LossScaler:
-    """For the precision that is chosen now."""
-    return LossScaler(enabled=switch.value == "fp16")
 
 
 def synchronize(device: str) -> None:
@@ -54,7 +48,7 @@ def losses(device: str, steps: int, **choices: str) -> list[float]:
         nc.manual_seed(0)
         model = lenet5(len(data.classes), image_size=32, in_channels=3).to(device)
         optimizer = nc.optim.SGD(model.named_parameters(), LR, momentum=0.9)
-        averager, scaler = GradientAverager(optimizer.buckets, Alone()), loss_scaler()
+        averager, scaler = GradientAverager(optimizer.buckets, Alone()), default_scaler()
         batches = Loader(data.train, 32).epoch(0)
         return [train_step(model, b, optimizer, LR, averager, scaler=scaler).loss / len(b.y) for b in batches]
 
@@ -96,7 +90,7 @@ CASES = (
         if (model, mode, batch, p) not in (("alexnet", "train", 128, "fp16"), ("resnet18", "train", 512, "fp16"))
     ),
 )
-SMALL = (("alexnet", "train", 2, "fp32"), ("resnet18", "infer", 2, "fp32"))
+SMALL = (("alexnet", "train", 2, "fp32"), ("alexnet", "train", 2, "fp16"), ("resnet18", "infer", 2, "fp32"))
 COMPILED = ("alexnet", "train", 128, "fp16")
 ENOUGH = 10.0  # seconds for a case
 ENOUGH_FOR_CPU = 150.0  # seconds for the CPU's rungs of mnist, too; NumPy's is always there
@@ -126,7 +120,7 @@ def ours(task: peers.Task, mode: str, device: str) -> Step:
             infer = nc.capture(lambda images: net(at_entrance(images)), nc.Tensor(x))
         return lambda: infer(nc.Tensor(x))
     optimizer = nc.optim.SGD(net.named_parameters(), task.lr, momentum=task.momentum)
-    averager, scaler = GradientAverager(optimizer.buckets, Alone()), loss_scaler()
+    averager, scaler = GradientAverager(optimizer.buckets, Alone()), default_scaler()
     batch = Batch(x, y, np.arange(len(task.labels)), len(task.labels))
     return lambda: train_step(net, batch, optimizer, task.lr, averager, scaler=scaler).loss / len(task.labels)
 
@@ -211,14 +205,14 @@ def compiled(context: Context) -> Iterator[Row]:
     if context.on_gpu:
         yield _case(context, COMPILED, 0.05 if context.quick else 1.0, ("eager", "compiled"))
     else:
-        yield only_on_gpu("torch.compile")
+        yield not_run("torch.compile")
 
 
 def _case(context: Context, case: tuple[str, str, int, str], width: float, settings: tuple[str, ...]) -> Row:
     model, mode, batch, p = case
     row: Row = dict(model=model, mode=mode, batch=batch, precision=p)
     if context.left < ENOUGH:
-        return row | dict(note="not measured: no time was left")
+        return row | dict(ran=False, note="no time was left")
     try:
         return row | compared(context, make_task(model, batch, width), mode, p, settings)
     except Exception as error:
@@ -292,4 +286,4 @@ def mnist(context: Context) -> Iterator[Row]:
         timed = {} if row["rung"]["small"] else dict(seconds=row["seconds"], accuracy=row["accuracy"])
         yield dict(rung=name, steps=row["steps"], worst_loss=row["worst_loss"], ok=True) | timed
     for name, why in told["skipped"].items():
-        yield dict(rung=name, note=why)
+        yield dict(rung=name, ran=False, note=why)

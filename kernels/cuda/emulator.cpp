@@ -113,6 +113,7 @@ static void thread_main() {
     now.body(now.arguments);
     Fiber* me = now.running;
     done_reading(me);
+    commit_copies();
     finish_copies(0);
     products_end();
     me->state = Fiber::RETURNED;
@@ -228,7 +229,7 @@ void finish_copies(unsigned keep) {
     Fiber* me = now.running;
     size_t done = 0;
     for (const Copy& c : me->copies) {
-        if (c.group + keep >= me->group && keep) break;
+        if (c.group + keep >= me->group) break;
         if (c.from) watch(c.from, c.bytes, false, c.pc);
         watch(c.to, c.bytes, true, c.pc);
         c.from ? memcpy(c.to, c.from, c.bytes) : memset(c.to, 0, c.bytes);

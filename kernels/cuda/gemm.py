@@ -12,16 +12,20 @@ from ..epilogue import finish
 from ..matmul import matmul
 from ..narrow import HALVES
 from .device import copies_asynchronously, has_warpgroups
-from .launch import Kernel, aligned, empty, is_aligned
+from .launch import MOST_Y, Kernel, aligned, empty, is_aligned
 from .source import macros
 from .tunable import Tunable
 
 
-def _matrices(*dtypes, multiple=1):
-    """Two matrices of one of these dtypes, whose rows have a multiple of so many numbers: those of one load."""
+def _matrices(*dtypes, multiple=1, tall=4):
+    """Two matrices of one of these dtypes, whose rows have a multiple of so many numbers: those of one load.
+
+    `tall`: how many rows (the first rung: columns) of C a block along y computes at the least, however it is tuned.
+    """
 
     def supports(a, b, out=None, *, bias=None, relu=False):
         fits = a.ndim == b.ndim == 2 and a.dtype == b.dtype and a.dtype in dtypes and a.shape[1] == b.shape[0]
+        fits = fits and max(a.shape[0], b.shape[1]) <= MOST_Y * tall
         return fits and bool(a.size and b.size) and a.shape[1] % multiple == b.shape[1] % multiple == 0
 
     return supports
@@ -104,28 +108,28 @@ def matmul_cuda_coalesced(a, b, out=None, **epilogue):
     return _product(COALESCED, [("n", block["n"]), ("m", block["m"])], (block["n"], block["m"]), a, b, out, epilogue)
 
 
-@matmul.variant("cuda_tiled", device="cuda", supports=_matrices(np.float32), auto=False)
+@matmul.variant("cuda_tiled", device="cuda", supports=_matrices(np.float32, tall=8), auto=False)
 def matmul_cuda_tiled(a, b, out=None, **epilogue):
     """tiles of 32 x 32 in shared memory: each number from global memory serves 32 sums"""
     tile = TILED["TILE"]
     return _product(TILED, [("n", tile), ("m", tile)], (tile, tile), a, b, out, epilogue)
 
 
-@matmul.variant("cuda_registers", device="cuda", supports=_matrices(np.float32), auto=False)
+@matmul.variant("cuda_registers", device="cuda", supports=_matrices(np.float32, tall=32), auto=False)
 def matmul_cuda_registers(a, b, out=None, **epilogue):
     """4 x 4 sums in a thread's registers: 8 numbers from shared memory serve 16 multiplications, in place of 1"""
     tile = [("n", REGISTERS["BLOCK_N"]), ("m", REGISTERS["BLOCK_M"])]
     return _product(REGISTERS, tile, (REGISTERS["THREADS"],), a, b, out, epilogue)
 
 
-@matmul.variant("cuda_vectorised", device="cuda", supports=_matrices(np.float32, multiple=4), auto=False)
+@matmul.variant("cuda_vectorised", device="cuda", supports=_matrices(np.float32, multiple=4, tall=128), auto=False)
 def matmul_cuda_vectorised(a, b, out=None, **epilogue):
     """8 x 8 sums, four numbers a load, and the next tiles on their way while these are used"""
     wide = VECTORISED["WIDE"]
     return _product(VECTORISED, [("n", wide), ("m", wide)], (256,), a, b, out, epilogue)
 
 
-_eights = _matrices(*HALVES, multiple=8)
+_eights = _matrices(*HALVES, multiple=8, tall=128)
 
 
 def _on_tensor_cores(a, b, out=None, **epilogue):

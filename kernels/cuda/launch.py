@@ -107,9 +107,10 @@ class Kernel:
         named = {macro: REALS[dtype] for macro, dtype in (("REAL", real), ("NARROW", narrow)) if dtype is not None}
         defines = tuple(sorted({**self._defines(), **named}.items()))
         grid, block = _three(grid), _three(block)
-        if min(*grid, *block) < 1 or np.prod(block) > MOST_THREADS:
+        if min(*grid, *block) < 1 or np.prod(block) > MOST_THREADS or max(grid[1:]) > MOST_Y:
             raise ValueError(
-                f"{self.name}: {grid} blocks of {block} threads; expected 1 or more, {MOST_THREADS} threads at most"
+                f"{self.name}: {grid} blocks of {block} threads; expected 1 or more, along y and z "
+                f"{MOST_Y} blocks at most, {MOST_THREADS} threads at most"
             )
         devices = {device_of(a) for _, a in each_array(zip(parameters, args, strict=True))}
         if len(devices) != 1 or devices == {"cpu"}:
@@ -144,7 +145,8 @@ class Kernel:
         import cupy
 
         if only := target(self.file):
-            return cupy.RawModule(path=str(cubin_of(self.file, only, **dict(defines))))
+            cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000
+            return cupy.RawModule(path=str(cubin_of(self.file, only, cuda, **dict(defines))))
         path = path_of(self.file)
         # CuPy finds what it has compiled by source and options, and does not look into what is included.
         version = hashlib.sha256(with_includes(self.file).encode()).hexdigest()[:16]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..dispatch import DeviceError
+from . import device
 from .emulated import cache_folder
 from .source import FOLDER, target, with_includes
 
@@ -53,27 +54,29 @@ def resources(file: str, architecture: str, **defines: Any) -> dict[str, Resourc
     return parse(compiled(file, architecture, **defines).report)
 
 
-def compiled(file: str, architecture: str, **defines: Any) -> Compiled:
-    """A .cu file, by NVRTC or else by nvcc. Raises as `resources` does."""
-    options = ["-std=c++17", *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
+def compiled(file: str, architecture: str, cuda: int | None = None, **defines: Any) -> Compiled:
+    """A .cu file, by NVRTC (of that major version of CUDA, where it matters) or else by nvcc. Raises as `resources`."""
+    folders = dict.fromkeys([f"-I{(FOLDER / file).parent}", f"-I{FOLDER}"])
+    options = ["-std=c++17", *folders, *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
     try:
-        return _by_nvrtc(file, architecture, options)
+        return _by_nvrtc(file, architecture, options, cuda)
     except DeviceError:
         if not shutil.which("nvcc"):
             raise
         return _by_nvcc(file, architecture, options)
 
 
-def cubin_of(file: str, architecture: str, **defines: Any) -> Path:
-    """A .cu file compiled, as a file that is kept. Raises as `resources` does."""
-    key = hashlib.sha256(f"{with_includes(file)}{architecture}{sorted(defines.items())}".encode()).hexdigest()[:20]
+def cubin_of(file: str, architecture: str, cuda: int, **defines: Any) -> Path:
+    """A .cu file compiled for a driver of this major version of CUDA, as a file that is kept. Raises as `resources`."""
+    told = f"{with_includes(file)}{architecture}{cuda}{sorted(defines.items())}"
     folder = cache_folder().parent / "cuda"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{Path(file).stem}-{key}.cubin"
+    path = folder / f"{Path(file).stem}-{hashlib.sha256(told.encode()).hexdigest()[:20]}.cubin"
     if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as made:
-            made.write(compiled(file, architecture, **defines).cubin)
-        os.replace(made.name, path)  # it appears whole or not at all
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            new = Path(made, path.name)
+            new.write_bytes(compiled(file, architecture, cuda, **defines).cubin)
+            os.replace(new, path)  # it appears whole or not at all
     return path
 
 
@@ -109,13 +112,12 @@ def _by_nvcc(file: str, architecture: str, options: list[str]) -> Compiled:
 # ------------------------------------------------------------------ NVRTC, which takes the source as text
 
 
-def _by_nvrtc(file: str, architecture: str, options: list[str]) -> Compiled:
-    library, includes = _nvrtc()
+def _by_nvrtc(file: str, architecture: str, options: list[str], cuda: int | None) -> Compiled:
+    library, includes = _nvrtc(cuda)
     program = ctypes.c_void_p()
     text, name = (FOLDER / file).read_bytes(), file.encode()
     library.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None)
-    folders = dict.fromkeys([f"-I{(FOLDER / file).parent}", f"-I{FOLDER}"])
-    words = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", *folders, *includes, *options]
+    words = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", *options, *includes]
     given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
     status = library.nvrtcCompileProgram(program, len(words), given)
     size = ctypes.c_size_t()
@@ -132,17 +134,18 @@ def _by_nvrtc(file: str, architecture: str, options: list[str]) -> Compiled:
 
 
 @cache
-def _nvrtc() -> tuple[ctypes.CDLL, tuple[str, ...]]:
-    """The library, and where its headers are, as options."""
+def _nvrtc(cuda: int | None) -> tuple[ctypes.CDLL, tuple[str, ...]]:
+    """The library, of this major version of CUDA or of any, and where its headers are, as options."""
     folders = list(_of_the_wheels())
-    for folder in folders:
-        for path in sorted(folder.glob("**/libnvrtc.so.*")):
-            if "alt" not in path.name:
-                includes = (f"-I{d}" for f in folders for d in (*f.glob("include"), *f.glob("*/include")))
-                return ctypes.CDLL(str(path)), tuple(includes)
-    raise DeviceError(
-        "no compiler for CUDA: neither nvcc on PATH nor NVRTC from the wheels; pip install 'nanocnn[nvrtc]'"
-    )
+    for path in (path for folder in folders for path in sorted(folder.glob(f"**/libnvrtc.so.{cuda or '*'}"))):
+        if "alt" not in path.name:
+            one = path.parent.parent / "include"  # from CUDA 13 on, of all wheels; before, each wheel had a folder
+            several = (d for f in folders for d in f.glob("*/include") if not d.parent.name.startswith("cu1"))
+            headers = [one] if (one / "cuda_fp16.h").exists() else [one, *several]
+            return ctypes.CDLL(str(path)), tuple(f"-I{d}" for d in headers)
+    compiler = f"compiler for CUDA{f' {cuda}' if cuda else ''}"
+    remedy = device.install(device.EXTRAS.get(cuda or 0, "nvrtc"))
+    raise DeviceError(f"no {compiler}: neither nvcc on PATH nor NVRTC from the wheels; {remedy}")
 
 
 def _of_the_wheels() -> Iterator[Path]:

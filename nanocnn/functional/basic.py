@@ -175,13 +175,13 @@ class Slice(Op):
         return a[index]
 
     def backward(self, gy):
-        xp = xp_of(gy)
-        gx = xp.zeros(self.shape, gy.dtype)
-        if _is_basic(self.index):
+        xp, basic = xp_of(gy), _is_basic(self.index)
+        gx = xp.zeros(self.shape, gy.dtype if basic else _sum_dtype(gy))
+        if basic:
             gx[self.index] = gy
         else:  # an integer array may name a place twice
-            xp.add.at(gx, self.index, gy)
-        return gx
+            xp.add.at(gx, self.index, gy.astype(gx.dtype, copy=False))
+        return gx if gx.dtype == gy.dtype else cast_kernel(gx, gy.dtype)
 
 
 def _is_basic(index: Any) -> bool:
@@ -190,13 +190,21 @@ def _is_basic(index: Any) -> bool:
 
 
 class Sum(Op):
-    def forward(self, a, *, axis, keepdims):
-        self.shape, self.axis, self.keepdims = a.shape, axis, keepdims
-        wide = np.float32 if a.dtype in HALVES else None  # a long sum in float16 stops growing at 2048 ones
-        return cast_kernel(xp_of(a).asarray(a.sum(axis=axis, keepdims=keepdims, dtype=wide)), a.dtype)
+    """`wide`: of halves, the sum is left in float32."""
+
+    def forward(self, a, *, axis, keepdims, wide=False):
+        self.shape, self.dtype, self.axis, self.keepdims = a.shape, a.dtype, axis, keepdims
+        total = xp_of(a).asarray(a.sum(axis=axis, keepdims=keepdims, dtype=_sum_dtype(a)))
+        return total if wide else cast_kernel(total, a.dtype)
 
     def backward(self, gy):
+        gy = gy if gy.dtype == self.dtype else cast_kernel(gy, self.dtype)
         return xp_of(gy).broadcast_to(_with_axes(gy, self.axis, self.keepdims), self.shape)
+
+
+def _sum_dtype(a: Any) -> np.dtype:
+    """What a sum of such numbers is made in: among halves, a long one stops growing at 2048 ones."""
+    return np.dtype(np.float32) if a.dtype in HALVES else a.dtype
 
 
 class Max(Op):
@@ -333,7 +341,7 @@ def mean(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = 
     if not count:
         along = "" if axis is None else f" over axis {axis}"
         raise ValueError(f"mean of shape {x.shape}{along}: the mean of no elements is not defined")
-    return Sum.apply(x, axis=axis, keepdims=keepdims) * (1.0 / count)
+    return cast(Sum.apply(x, axis=axis, keepdims=keepdims, wide=True) * (1.0 / count), x.dtype)
 
 
 def max(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:

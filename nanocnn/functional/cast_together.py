@@ -13,8 +13,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..kernels.dispatch import aside, span
 from ..kernels.half import cast
+from ..kernels.narrow import is_float
 from ..tensor import Tensor
 
 _made: dict[int, tuple[Any, Any]] = {}  # by the id of a parameter: its array, and that in the other dtype
@@ -27,7 +30,7 @@ def cast_together(buckets: Sequence[Any], dtype: Any) -> Iterator[None]:
     made: dict[int, tuple[Any, Any]] = {}
     with span("cast weights", "forward"):
         for bucket in buckets:
-            if bucket.data.dtype != dtype:
+            if is_float(np.dtype(dtype)) and bucket.data.dtype != dtype:
                 flat = aside(cast, bucket.data, dtype)
                 for p, where in zip(bucket.params, bucket.slices, strict=True):
                     made[id(p)] = p.data, flat[where].reshape(p.shape)
