@@ -115,15 +115,16 @@ def one_by_one(
 ) -> list[Configuration]:
     """From the textbook to `base`: what was left out comes on again, one after the other, the most worthwhile first.
 
-    The textbook's version is the policy "reference" with the last choice of each switch, which is its plainest. After
-    `bars` things all the others come on at once: then everything is on.
+    The textbook's version is the policy "reference" with the last choice of each switch, which is its plainest; of
+    NUMERICS, which are no steps on this way, that of `base`. After `bars` things all the others come on at once: then
+    everything is on.
     """
     entries = {entry["name"]: entry for entry in dispatch.board()}
     cost: dict[str, float] = {}
     switches: dict[str, str] = {}
     for row in out:
         name, _, choice = row.configuration.label.partition("=")
-        if row.measured:
+        if row.measured and name not in NUMERICS:
             cost[name] = row.figures()["ratio"]  # of several choices that of the last
             if entries[name]["kind"] == "switch":
                 switches[name] = choice

@@ -147,7 +147,7 @@ class Training:
         groups = decay_groups(self.net.named_parameters(), 5e-4)
         self.optimizer = SGD(groups, options["lr"], momentum=0.9, nesterov=True)
         self.averager = GradientAverager(self.optimizer.buckets, Alone())
-        self.scaler = default_scaler()
+        self.scaler = default_scaler(2.0**8)  # steps are few: none is to be skipped
         augment = common.make_augment(argparse.Namespace(**options, no_flip=False, crop_padding=4, cutout=0), data)
         loader = Loader(data.train, options["batch"], augment=augment, shuffle=True, seed=seed)
         self.batches, self.seconds, self.taken = _endless(loader), [], 0

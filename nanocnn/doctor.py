@@ -61,7 +61,7 @@ def findings(facts: dict[str, Any]) -> list[Finding]:
             _jit,
             _cache,
         ),
-        *(_ranks, _cuda, _emulator, _simulator, _tensorboard, _space, _images),
+        *(_ranks, _cuda, _emulator, _simulator, _tensorboard, _bfloat16, _space, _images),
     )
     return [finding for judge in judges for finding in judge(facts)]
 
@@ -260,6 +260,12 @@ def _tensorboard(facts: dict[str, Any]) -> Iterator[Finding]:
     found = Finding("TensorBoard", "ok", version or "not installed")
     advice = "A run keeps metrics.csv and curves.png without it. For event files too:"
     yield found if version else found.but("missing", advice, f"{PIP} tensorboard")
+
+
+def _bfloat16(facts: dict[str, Any]) -> Iterator[Finding]:
+    version = facts["versions"].get("ml_dtypes")
+    found = Finding("bfloat16", "ok", f"ml_dtypes {version}" if version else "no ml_dtypes")
+    yield found if version else found.but("missing", "precision=bf16 needs it:", f"{PIP} 'ml_dtypes>=0.5'")
 
 
 def _space(facts: dict[str, Any]) -> Iterator[Finding]:

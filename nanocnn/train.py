@@ -190,7 +190,7 @@ def overflow_of_step(model: Module, batch: Batch, scale: float = 1.0, label_smoo
 
 def _remedy() -> str:
     """Where a loss scale is no help: bfloat16 overflows no sooner than float32."""
-    return "without --use precision=fp16" if precision.value == "fp16" else "at a lower learning rate"
+    return "with --use precision=bf16, or in float32" if precision.value == "fp16" else "at a lower learning rate"
 
 
 def _named_overflow(model: Module, batch: Batch, scale: float, label_smoothing: float, comm: Comm, advice: str) -> str:

@@ -349,6 +349,15 @@ def test_things_come_on_one_after_the_other_the_most_worthwhile_first(toys):
     assert chain[1].about == "how"
 
 
+def test_another_precision_is_no_step_of_the_way(toys, monkeypatch):
+    """It is measured where it is asked for, and the way from the textbook begins and ends in the same numbers."""
+    monkeypatch.setattr(ablate, "NUMERICS", ("mode",))
+    out = rows_left_out(toys, big=1.5, small=1.1, mode=3.0)
+    chain = ablate.one_by_one(toys, out, {}, ["big", "small", "mode"], 8)
+    assert [c.label for c in chain] == ["textbook", "+ big", "+ small", "+ all the rest"]
+    assert all("mode" not in c.choices for c in chain)
+
+
 def test_what_is_worth_least_comes_on_together(toys):
     out = rows_left_out(toys, big=1.5, small=1.1, mode=3.0)
     chain = ablate.one_by_one(toys, out, {}, [], 1)

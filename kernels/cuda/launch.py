@@ -109,8 +109,8 @@ class Kernel:
         grid, block = _three(grid), _three(block)
         if min(*grid, *block) < 1 or np.prod(block) > MOST_THREADS or max(grid[1:]) > MOST_Y:
             raise ValueError(
-                f"{self.name}: {grid} blocks of {block} threads; expected 1 or more, along y and z "
-                f"{MOST_Y} blocks at most, {MOST_THREADS} threads at most"
+                f"{self.name}: {grid} blocks of {block} threads; expected 1 or more, {MOST_THREADS} threads at "
+                f"most, and {MOST_Y} blocks along y and z"
             )
         devices = {device_of(a) for _, a in each_array(zip(parameters, args, strict=True))}
         if len(devices) != 1 or devices == {"cpu"}:
