@@ -341,7 +341,8 @@ def mean(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = 
     if not count:
         along = "" if axis is None else f" over axis {axis}"
         raise ValueError(f"mean of shape {x.shape}{along}: the mean of no elements is not defined")
-    return cast(Sum.apply(x, axis=axis, keepdims=keepdims, wide=True) * (1.0 / count), x.dtype)
+    average = Sum.apply(x, axis=axis, keepdims=keepdims, wide=True) * (1.0 / count)
+    return cast(average, x.dtype) if x.dtype in HALVES else average
 
 
 def max(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
