@@ -22,13 +22,8 @@ from .dispatch import Primitive, xp_of
 from .elementwise import as_rows, relu_grad
 from .half import in_float32
 from .memory import empty_like
+from .narrow import sum_dtype
 from .simd import fma, load, select, splat, store
-
-
-def statistics_dtype(x):
-    """float64 for float64, float32 for anything narrower."""
-    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-
 
 # ------------------------------------------------------------------ forward
 
@@ -40,7 +35,7 @@ def batch_norm_stats(x):
     x = as_rows(x)
     mean = x.mean(axis=0, dtype=np.float64)
     var = xp_of(x).square(x - mean).mean(axis=0)
-    return mean.astype(statistics_dtype(x)), var.astype(statistics_dtype(x))
+    return mean.astype(sum_dtype(x.dtype)), var.astype(sum_dtype(x.dtype))
 
 
 @batch_norm_stats.variant("numba")
@@ -192,7 +187,7 @@ def batch_norm_grad_stats(gy, x, mean, scale=None, shift=None):
     if shift is not None:
         gy = relu_grad(gy, batch_norm_apply(x, mean, scale, shift))
     sums = gy.sum(axis=0, dtype=np.float64), (gy * (x - mean)).sum(axis=0, dtype=np.float64)
-    return tuple(s.astype(statistics_dtype(x)) for s in sums)
+    return tuple(s.astype(sum_dtype(x.dtype)) for s in sums)
 
 
 @batch_norm_grad_stats.variant("numba")

@@ -37,6 +37,11 @@ NARROW = {
 HALVES = {narrow.dtype: narrow for narrow in NARROW.values() if narrow.dtype is not None}
 
 
+def sum_dtype(dtype: Any) -> np.dtype:
+    """What such numbers are summed up in, on any device: float32 for halves, of which a long sum would stop growing."""
+    return np.dtype(np.float32) if dtype in HALVES else np.dtype(dtype)
+
+
 def is_float(dtype: Any) -> bool:
     """Whether a dtype is of floating-point numbers, of 16 bits or more."""
     return dtype.kind == "f" or dtype in HALVES

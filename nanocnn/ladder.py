@@ -23,6 +23,7 @@ from .kernels.narrow import is_float
 
 ROUNDS = 7  # visits to each variant: what else the machine does then meets all of them alike
 VISIT = 0.02  # seconds of one visit, or one call if that takes longer
+REFUSED = "cannot do this call"  # a note
 TOLERANCES = {"float32": 1e-3, "float64": 1e-9}  # largest error over largest value; beyond it a variant is wrong
 
 
@@ -107,7 +108,7 @@ def ladder(
         result = Result(p.name, variant.name, about, variant.place, flops, moved)
         results.append(result)
         if variant not in able:
-            result.note = "cannot do this call"
+            result.note = REFUSED
             continue
         say(f"{p.name}={variant.name}: checking, and compiling where it must")
         start = time.perf_counter()

@@ -15,7 +15,7 @@ import numpy as np
 
 from .kernels import dispatch
 from .kernels.dispatch import aside, device_of, to_device, xp_of
-from .kernels.narrow import HALVES, is_float
+from .kernels.narrow import is_float, sum_dtype
 
 _grad_enabled = True
 
@@ -414,5 +414,4 @@ class Arrival:
 
 
 def _sum(x: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
-    wide = np.float32 if x.dtype in HALVES else None  # a long sum in float16 stops growing at 2048 ones
-    return x.sum(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype, copy=False)
+    return x.sum(axis=axis, keepdims=keepdims, dtype=sum_dtype(x.dtype)).astype(x.dtype, copy=False)

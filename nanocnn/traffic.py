@@ -21,7 +21,7 @@ from .kernels import dispatch
 from .kernels.cuda.emulated import KernelError, Report, Traffic, counting
 from .kernels.dispatch import Primitive, to_device
 from .kernels.narrow import HALVES
-from .ladder import error_of, in_float64, outputs, primitive_of
+from .ladder import REFUSED, error_of, in_float64, outputs, primitive_of
 
 
 @dataclass
@@ -85,9 +85,6 @@ def _count(p: Primitive, variant: dispatch.Variant, args: tuple, want: Sequence[
     if not found.report.blocks:
         found.note = f"no kernel in CUDA C++, so nothing counts what it does; error {found.error:.1e}"
     return found
-
-
-REFUSED = "cannot do this call"
 
 
 def refusal(variant: dispatch.Variant, args: tuple) -> str:

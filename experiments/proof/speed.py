@@ -15,8 +15,9 @@ from nanocnn.bench import arguments, shape_of
 from nanocnn.kernels import dispatch
 from nanocnn.kernels.dispatch import to_device
 from nanocnn.kernels.elementwise import relu
+from nanocnn.ladder import REFUSED
 from nanocnn.sweep import seconds_by_events
-from nanocnn.traffic import REFUSED, count, on_emulator
+from nanocnn.traffic import count, on_emulator
 
 from . import Context, Row, not_run, section
 

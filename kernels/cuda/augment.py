@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..augment import STREAM, augment
+from ..narrow import sum_dtype
 from .im2col import MOST_Y
 from .launch import REALS, Kernel, contiguous, empty
-from .reduce import sums_dtype
 from .source import macros
 from .tunable import Tunable
 
@@ -24,7 +24,7 @@ def _bytes_and_samples(images, samples, scale, shift, *args, out=None):
     like = scale if out is None else out
     fits = images.dtype == np.uint8 and images.ndim == 4 and samples.dtype.kind in "iu" and bool(samples.size)
     to = like.dtype in REALS and (out is None or out.flags.c_contiguous)
-    numbers = scale.dtype == shift.dtype == sums_dtype(like) and scale.shape == shift.shape == images.shape[3:]
+    numbers = scale.dtype == shift.dtype == sum_dtype(like.dtype) and scale.shape == shift.shape == images.shape[3:]
     return fits and to and numbers and 0 < images[:1].size <= MOST_Y * VALUES["THREADS"]
 
 

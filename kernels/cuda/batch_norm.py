@@ -15,9 +15,8 @@ from ..batch_norm import (
     batch_norm_scale,
     batch_norm_shares,
     batch_norm_stats,
-    statistics_dtype,
 )
-from ..narrow import HALVES
+from ..narrow import HALVES, sum_dtype
 from .launch import Kernel, contiguous, empty, one_each, reals
 from .reduce import ROWS, add_up, over_rows, partials
 
@@ -49,7 +48,7 @@ def _fits(x, arrays, channels):
     return (
         bool(reals(x))
         and all(a.dtype == x.dtype and a.shape == x.shape for a in others)
-        and all(a.dtype in (x.dtype, statistics_dtype(x)) and a.shape == x.shape[-1:] for a in numbers)
+        and all(a.dtype in (x.dtype, sum_dtype(x.dtype)) and a.shape == x.shape[-1:] for a in numbers)
     )
 
 
@@ -61,7 +60,7 @@ def batch_norm_stats_cuda_two_passes(x):
     """the mean, and then the squared distances from it: x comes from memory twice"""
     launch, sizes = _launch(x)
     x, (rows, columns, _) = contiguous(x), sizes
-    partial, statistics = partials(x, 1, launch[0], columns), empty(x, (2, columns), statistics_dtype(x))
+    partial, statistics = partials(x, 1, launch[0], columns), empty(x, (2, columns), sum_dtype(x.dtype))
     for i, mean in enumerate((None, statistics[0])):
         SUMS(*launch, x, mean, partial, *sizes)
         add_up(ADD_UP, partial, statistics[i : i + 1], 1 / rows)
@@ -72,7 +71,7 @@ def batch_norm_stats_cuda_two_passes(x):
 def batch_norm_stats_cuda(x):
     """one pass by Welford's update: x comes from memory once; parts are put together in a fixed order"""
     launch, (rows, columns, each) = _launch(x)
-    partial, (mean, var) = partials(x, 2, launch[0], columns), empty(x, (2, columns), statistics_dtype(x))
+    partial, (mean, var) = partials(x, 2, launch[0], columns), empty(x, (2, columns), sum_dtype(x.dtype))
     x = contiguous(x)
     MOMENTS(*launch, x, partial, rows, columns, each)
     (across, blocks), block = launch
@@ -88,7 +87,7 @@ def batch_norm_stats_cuda(x):
 def batch_norm_apply_cuda(x, mean, scale, shift, residual=None, relu=False):
     """one pass with residual and ReLU; a thread keeps its channel's numbers in registers"""
     launch, sizes = _launch(x)
-    numbers = _channels(statistics_dtype(x), mean, scale, shift)
+    numbers = _channels(sum_dtype(x.dtype), mean, scale, shift)
     y, residual = empty(x, x.shape), None if residual is None else contiguous(residual)
     APPLY(*launch, contiguous(x), *numbers, residual, y, bool(relu), *sizes)
     return y
@@ -102,7 +101,7 @@ def _updates(running_mean, running_var, mean, var, momentum, rows):
 @batch_norm_running.variant("cuda", device="cuda", supports=_updates)
 def batch_norm_running_cuda(running_mean, running_var, mean, var, momentum, rows):
     """one launch in place of nine"""
-    numbers = _channels(statistics_dtype(running_mean), mean, var)
+    numbers = _channels(sum_dtype(running_mean.dtype), mean, var)
     unbiased = rows / (rows - 1)
     RUNNING(*one_each(mean.size), running_mean, running_var, *numbers, float(momentum), unbiased, mean.size)
 
@@ -118,7 +117,7 @@ def _numbers(first, *others):
 @batch_norm_scale.variant("cuda", device="cuda", supports=lambda var, weight, eps: _numbers(var, weight))
 def batch_norm_scale_cuda(var, weight, eps):
     """one launch in place of four"""
-    dtype = statistics_dtype(var)
+    dtype = sum_dtype(var.dtype)
     rstd, scale = empty(var, (2, var.size), dtype)
     SCALE(*one_each(var.size), *_channels(dtype, var, weight), float(eps), rstd, scale, var.size)
     return rstd, scale
@@ -135,7 +134,7 @@ def batch_norm_scale_cuda(var, weight, eps):
 def batch_norm_grad_stats_cuda(gy, x, mean, scale=None, shift=None):
     """one pass over both arrays, the ReLU's mask computed on the way; parts are added up in a fixed order"""
     launch, sizes = _launch(x)
-    dtype, columns = statistics_dtype(x), x.shape[-1]
+    dtype, columns = sum_dtype(x.dtype), x.shape[-1]
     partial = partials(x, 2, launch[0], columns)
     GRAD_STATS(*launch, contiguous(gy), contiguous(x), *_channels(dtype, mean, scale, shift), partial, *sizes)
     return tuple(add_up(ADD_UP, partial, empty(x, (2, columns), dtype), 1.0))
@@ -147,7 +146,7 @@ def batch_norm_grad_stats_cuda(gy, x, mean, scale=None, shift=None):
 def batch_norm_residual_grad_stats_cuda(gy, y, x, mean):
     """one pass over three arrays, writing a fourth; parts are added up in a fixed order"""
     launch, sizes = _launch(x)
-    dtype, columns = statistics_dtype(x), x.shape[-1]
+    dtype, columns = sum_dtype(x.dtype), x.shape[-1]
     masked, partial = empty(x, x.shape), partials(x, 2, launch[0], columns)
     RESIDUAL_GRAD_STATS(*launch, *map(contiguous, (gy, y, x)), *_channels(dtype, mean), masked, partial, *sizes)
     return masked, *add_up(ADD_UP, partial, empty(x, (2, columns), dtype), 1.0)
@@ -158,7 +157,7 @@ def batch_norm_residual_grad_stats_cuda(gy, y, x, mean):
 )
 def batch_norm_shares_cuda(gb, products, rstd, rows):
     """one launch in place of four"""
-    dtype = statistics_dtype(gb)
+    dtype = sum_dtype(gb.dtype)
     gw, a, b = empty(gb, (3, gb.size), dtype)
     share = 0.0 if math.isinf(rows) else 1 / max(1, rows)
     SHARES(*one_each(gb.size), *_channels(dtype, gb, products, rstd), share, gw, a, b, gb.size)
@@ -173,7 +172,7 @@ def batch_norm_shares_cuda(gb, products, rstd, rows):
 def batch_norm_grad_cuda(gy, x, mean, scale, a, b, shift=None):
     """one pass; a thread keeps its channel's numbers in registers"""
     launch, sizes = _launch(x)
-    numbers = _channels(statistics_dtype(x), mean, scale, a, b, shift)
+    numbers = _channels(sum_dtype(x.dtype), mean, scale, a, b, shift)
     gx = empty(x, x.shape)
     GRAD(*launch, contiguous(gy), contiguous(x), *numbers, gx, *sizes)
     return gx

@@ -13,11 +13,10 @@ import numpy as np
 from ..conv2d import conv2d, conv2d_grad_w, conv2d_grad_x
 from ..epilogue import finish
 from ..im2col import output_shape
-from ..narrow import HALVES
+from ..narrow import HALVES, sum_dtype
 from .device import copies_asynchronously
 from .im2col import BIGGEST, geometry
 from .launch import MOST_Y, Kernel, aligned, contiguous, empty, is_aligned, one_each, reals
-from .reduce import sums_dtype
 from .source import macros
 from .tunable import Tunable
 
@@ -285,7 +284,7 @@ def _sum_up(kernel, grid, block, gy, x, w_shape, parts, span, rest, out, shared=
     """The parts by a kernel, `grid` blocks each along its last axis, and their sum; in `out` where there is one. Parts
     of halves are float32."""
     gw = _result(out, gy, w_shape)
-    sums = gw if parts == 1 and gw.dtype == sums_dtype(gw) else empty(gy, (parts, *w_shape), sums_dtype(gw))
+    sums = gw if parts == 1 and gw.dtype == sum_dtype(gw.dtype) else empty(gy, (parts, *w_shape), sum_dtype(gw.dtype))
     kernel((*grid, parts), block, aligned(gy), aligned(x), sums, math.prod(gy.shape[:3]), span, *rest, shared=shared)
     if sums is not gw:
         ADD_UP(*one_each(gw.size), sums, gw, parts, gw.size)

@@ -23,7 +23,7 @@ import numpy as np
 from .. import emulated_array
 from ..dispatch import DeviceError, device_of, xp_of
 from ..memory import address
-from ..narrow import HALVES, is_float
+from ..narrow import HALVES, is_float, sum_dtype
 from . import device, emulated
 from .resources import cubin_of
 from .source import (
@@ -102,7 +102,7 @@ class Kernel:
         narrow = dtypes.get(NARROW)
         if narrow is not None and narrow not in HALVES:
             raise TypeError(f"{self.name} takes arrays of {', '.join(map(str, HALVES))}; got {narrow}")
-        kinds = {REAL: real, SUM: _sum_of(real), NARROW: narrow}
+        kinds = {REAL: real, SUM: np.dtype(np.float32) if real is None else sum_dtype(real), NARROW: narrow}
         checked = [_argument(self.name, p, a, kinds) for p, a in zip(parameters, args, strict=True)]
         named = {macro: REALS[dtype] for macro, dtype in (("REAL", real), ("NARROW", narrow)) if dtype is not None}
         defines = tuple(sorted({**self._defines(), **named}.items()))
@@ -266,8 +266,3 @@ def _argument(kernel: str, p: Parameter, a: Any, kinds: dict[str, Any]) -> Any:
         order = "" if not hasattr(a, "flags") or a.flags.c_contiguous else ", not C-contiguous"
         raise TypeError(f"{kernel}: {p.name} points to {expected}; got {getattr(a, 'dtype', type(a).__name__)}{order}")
     return a
-
-
-def _sum_of(real: Any) -> Any:
-    """The dtype of `sum` where that of `real` is this one: as in real.cuh."""
-    return np.float64 if real == np.float64 else np.float32

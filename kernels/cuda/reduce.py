@@ -6,8 +6,7 @@ shape alone: the bits of a sum are the same in each run.
 
 from __future__ import annotations
 
-import numpy as np
-
+from ..narrow import sum_dtype
 from .launch import empty
 from .source import macros
 from .tunable import Tunable
@@ -36,12 +35,7 @@ def over_rows(rows, columns):
 
 def partials(x, sums, grid, columns):
     """Room for what each block adds up, in the type that the kernels call `sum`."""
-    return empty(x, (sums, grid[1], columns), sums_dtype(x))
-
-
-def sums_dtype(x):
-    """Of `sum` in a kernel whose `real` is x's dtype: as in real.cuh."""
-    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+    return empty(x, (sums, grid[1], columns), sum_dtype(x.dtype))
 
 
 def add_up(kernel, partial, totals, *args):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..dispatch import xp_of
+from ..narrow import sum_dtype
 from ..softmax import (
     cross_entropy,
     cross_entropy_and_grad,
@@ -16,7 +17,6 @@ from ..softmax import (
 )
 from .elementwise import alike
 from .launch import Kernel, contiguous, empty, one_each, reals
-from .reduce import sums_dtype
 from .tunable import Tunable
 
 WARPS = Tunable(
@@ -87,13 +87,13 @@ def _logits_and_labels(logits, labels, *args):
 
 def _kept(gy, logits, labels, lse, smoothing):
     fits = gy.shape == labels.shape and lse.shape == (2, *labels.shape) and gy.dtype == logits.dtype
-    return fits and lse.dtype in (gy.dtype, sums_dtype(gy)) and _logits_and_labels(logits, labels)
+    return fits and lse.dtype in (gy.dtype, sum_dtype(gy.dtype)) and _logits_and_labels(logits, labels)
 
 
 def _losses(kernel, launch, logits, labels, smoothing):
     """Losses, and what backward needs, which stays in float32 where the logits are narrower."""
     rows, columns = logits.shape
-    loss, lse = empty(logits, rows), empty(logits, (2, rows), sums_dtype(logits))
+    loss, lse = empty(logits, rows), empty(logits, (2, rows), sum_dtype(logits.dtype))
     kernel(*launch, contiguous(logits), contiguous(labels), float(smoothing), loss, lse, rows, columns)
     return loss, lse
 
@@ -115,13 +115,13 @@ def cross_entropy_grad_cuda(gy, logits, labels, lse, smoothing):
     """a warp for each row, in one pass: the label and what forward has kept are read once for it"""
     rows, columns = logits.shape
     gx = empty(logits, logits.shape)
-    arrays = (contiguous(a) for a in (gy, logits, labels, lse.astype(sums_dtype(gy), copy=False)))
+    arrays = (contiguous(a) for a in (gy, logits, labels, lse.astype(sum_dtype(gy.dtype), copy=False)))
     CROSS_ENTROPY_GRAD(*_warp_a_row(rows), *arrays, float(smoothing), gx, rows, columns)
     return gx
 
 
 def _scaled(logits, labels, scale, smoothing):
-    return _logits_and_labels(logits, labels) and scale.dtype == sums_dtype(logits) and scale.shape == (1,)
+    return _logits_and_labels(logits, labels) and scale.dtype == sum_dtype(logits.dtype) and scale.shape == (1,)
 
 
 @cross_entropy_and_grad.variant("cuda", device="cuda", supports=_scaled)

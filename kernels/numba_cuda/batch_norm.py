@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import float64
 
-from ..batch_norm import batch_norm_stats, statistics_dtype
+from ..batch_norm import batch_norm_stats
 from ..elementwise import as_rows
+from ..narrow import sum_dtype
 from .launch import RUNG, empty, floats, jit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ COLUMNS, ROWS = 32, 8  # threads of a block: a warp takes 32 neighbouring channe
 def batch_norm_stats_numba_cuda(x):
     """the mean, and then the squared distances from it: two launches, a block for each 32 channels"""
     x = as_rows(x)
-    columns, dtype = x.shape[1], statistics_dtype(x)
+    columns, dtype = x.shape[1], sum_dtype(x.dtype)
     statistics = empty(x, (3, columns), np.float64)
     statistics[0] = 0
     for power in (1, 2):  # the second launch begins when all blocks of the first have ended

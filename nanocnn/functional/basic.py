@@ -13,7 +13,7 @@ from ..kernels.dispatch import xp_of
 from ..kernels.elementwise import add_bias, as_rows, bias_grad
 from ..kernels.half import cast as cast_kernel
 from ..kernels.matmul import matmul as matmul_kernel
-from ..kernels.narrow import HALVES, is_float
+from ..kernels.narrow import HALVES, is_float, sum_dtype
 from ..tensor import Op, Tensor, as_tensor
 from .cast_together import made_of
 from .fuse import back_through_epilogue, fuse, one_by_one
@@ -176,7 +176,7 @@ class Slice(Op):
 
     def backward(self, gy):
         xp, basic = xp_of(gy), _is_basic(self.index)
-        gx = xp.zeros(self.shape, gy.dtype if basic else _sum_dtype(gy))
+        gx = xp.zeros(self.shape, gy.dtype if basic else sum_dtype(gy.dtype))
         if basic:
             gx[self.index] = gy
         else:  # an integer array may name a place twice
@@ -194,17 +194,14 @@ class Sum(Op):
 
     def forward(self, a, *, axis, keepdims, wide=False):
         self.shape, self.dtype, self.axis, self.keepdims = a.shape, a.dtype, axis, keepdims
-        total = xp_of(a).asarray(a.sum(axis=axis, keepdims=keepdims, dtype=_sum_dtype(a)))
+        total = xp_of(a).asarray(
+            a.sum(axis=axis, keepdims=keepdims, dtype=sum_dtype(a.dtype) if is_float(a.dtype) else None)
+        )
         return total if wide else cast_kernel(total, a.dtype)
 
     def backward(self, gy):
         gy = gy if gy.dtype == self.dtype else cast_kernel(gy, self.dtype)
         return xp_of(gy).broadcast_to(_with_axes(gy, self.axis, self.keepdims), self.shape)
-
-
-def _sum_dtype(a: Any) -> np.dtype:
-    """What a sum of such numbers is made in: among halves, a long one stops growing at 2048 ones."""
-    return np.dtype(np.float32) if a.dtype in HALVES else a.dtype
 
 
 class Max(Op):

@@ -8,6 +8,7 @@ from typing import Any
 from ..kernels import batch_norm as kernels
 from ..kernels import layer_norm as layer_kernels
 from ..kernels.dispatch import xp_of
+from ..kernels.narrow import sum_dtype
 from ..tensor import Op, Tensor, as_tensor
 from .basic import need_floats
 from .fuse import check_residual, fuse, one_by_one
@@ -32,7 +33,7 @@ class BatchNorm(Op):
             mean, var = kernels.batch_norm_stats(x)
             kernels.batch_norm_running(running_mean, running_var, mean, var, momentum, rows)
         else:
-            dtype = kernels.statistics_dtype(x)
+            dtype = sum_dtype(x.dtype)
             mean, var = running_mean.astype(dtype, copy=False), running_var.astype(dtype, copy=False)
         self.rows, self.weight_dtype = rows if training else math.inf, weight.dtype
         return mean, *kernels.batch_norm_scale(var, weight, eps)

@@ -10,6 +10,7 @@ from ..kernels import pool2d as kernels
 from ..kernels.dispatch import aside, device_of, to_device, xp_of
 from ..kernels.half import cast
 from ..kernels.matmul import matmul
+from ..kernels.narrow import sum_dtype
 from ..tensor import Op, Tensor
 from .activation import relu as relu_of
 from .basic import need_floats, reshape
@@ -44,7 +45,7 @@ class AdaptiveAvgPool2d(Op):
 
     def forward(self, x, *, output_size):
         self.matrices = [
-            _averages(*sizes, _wide(x), device_of(x)) for sizes in zip(x.shape[1:3], output_size, strict=True)
+            _averages(*sizes, sum_dtype(x.dtype), device_of(x)) for sizes in zip(x.shape[1:3], output_size, strict=True)
         ]
         return _between(x, *self.matrices)
 
@@ -62,11 +63,6 @@ def _averages(size, out, dtype, device):
         matrix[i, first:last] = 1 / (last - first)
     matrix.flags.writeable = False
     return to_device(matrix, device)
-
-
-def _wide(x):
-    """What is computed in: float32 for halves, in which a third is off by 1 in 4096 and so would be every mean."""
-    return x.dtype if x.dtype.itemsize > 2 else np.dtype(np.float32)
 
 
 def _between(x, rows, columns):
